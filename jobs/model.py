@@ -1,0 +1,179 @@
+"""The documents that cross the queue: what was asked, what came out, and why it failed.
+
+Pydantic is used for what is stored as JSON, so that a document written by one version and read by
+another is checked at the border. Nothing here knows HTTP or the engine.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any, Literal, NewType
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from jobs.states import JobState
+
+JobId = NewType("JobId", str)
+LeaseToken = NewType("LeaseToken", str)
+WorkerId = NewType("WorkerId", str)
+ReplicaId = NewType("ReplicaId", str)
+
+Priority = Literal["interactive", "batch"]
+PRIORITIES: tuple[Priority, ...] = ("interactive", "batch")
+
+
+def new_job_id() -> JobId:
+    """An id that sorts by time of creation (milliseconds) and cannot be guessed (80 random bits)."""
+    return JobId(f"job_{int(time.time() * 1000):012x}{secrets.token_hex(10)}")
+
+
+def new_lease_token() -> LeaseToken:
+    return LeaseToken(secrets.token_hex(12))
+
+
+class Document(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Prompt(Document):
+    """One prompt, already tokenized: the engine takes ids only. `text` is kept for `echo`."""
+
+    token_ids: tuple[int, ...]
+    text: str | None = None
+
+
+class JobRequest(Document):
+    """What the client asked for, checked. `sampling` holds the engine's sampling parameters by name."""
+
+    operation: Literal["text_completion"] = "text_completion"
+    model: str
+    """The canonical served name."""
+    prompts: tuple[Prompt, ...] = Field(min_length=1)
+    sampling: dict[str, Any]
+
+
+class TokenLogprobs(Document):
+    """OpenAI's legacy completion logprobs: four lists of equal length."""
+
+    tokens: tuple[str, ...]
+    token_logprobs: tuple[float | None, ...]
+    top_logprobs: tuple[dict[str, float] | None, ...] | None = None
+    text_offset: tuple[int, ...]
+
+
+class Choice(Document):
+    index: int
+    """Within its prompt, from 0."""
+    text: str
+    finish_reason: Literal["stop", "length"]
+    stop_reason: int | str | None = None
+    logprobs: TokenLogprobs | None = None
+
+
+class Usage(Document):
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+class ItemResult(Document):
+    """The outcome of one prompt of the job, in the order of the request."""
+
+    choices: tuple[Choice, ...]
+    usage: Usage
+
+
+class JobResult(Document):
+    items: tuple[ItemResult, ...]
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=sum(item.usage.prompt_tokens for item in self.items),
+            completion_tokens=sum(item.usage.completion_tokens for item in self.items),
+            cached_tokens=sum(item.usage.cached_tokens for item in self.items),
+        )
+
+
+class Failure(Document):
+    """Why an attempt or a job failed; never holds prompt or output text."""
+
+    reason: str
+    """Stable and machine-readable; the same word in the API's error code, spans and metrics."""
+    message: str
+    retryable: bool = False
+
+
+class Timings(Document):
+    """Where the job's time went, in milliseconds; the parts add up to `total_ms`."""
+
+    queue_ms: float
+    """From the store's acceptance to the worker's claim."""
+    engine_wait_ms: float
+    """From the claim to the first prefill, and again after each preemption."""
+    prefill_ms: float
+    decode_ms: float
+    store_ms: float
+    """From the last token to the settled record."""
+    total_ms: float
+    mean_batch_size: float
+    """Sequences that shared this job's engine steps, on average."""
+    max_batch_size: int
+
+
+class NewJob(Document):
+    """What the API hands to the store."""
+
+    id: JobId
+    request: JobRequest
+    queue: str
+    priority: Priority
+    created_at: float
+    """Unix seconds."""
+    expires_at: float | None = None
+    max_attempts: int = 3
+    metadata: dict[str, str] = Field(default_factory=dict)
+    traceparent: str | None = None
+    """The span that created the job; links and redeliveries go back to it."""
+    watcher: ReplicaId | None = None
+    """The API replica that waits for it, if one does."""
+    idempotency_key: str | None = None
+    fingerprint: str | None = None
+    """Hash of the request body, compared when the idempotency key comes again."""
+
+
+class Job(Document):
+    """A stored job as the API shows it. The request is left out: a poll must be cheap."""
+
+    id: JobId
+    state: JobState
+    model: str
+    queue: str
+    priority: Priority
+    num_prompts: int
+    created_at: float
+    queued_at: float
+    in_progress_at: float | None = None
+    cancelling_at: float | None = None
+    finished_at: float | None = None
+    """When it reached its final state, whichever that is."""
+    expires_at: float | None = None
+    result_expires_at: float | None = None
+    attempts: int = 0
+    max_attempts: int = 3
+    metadata: dict[str, str] = Field(default_factory=dict)
+    traceparent: str | None = None
+    usage: Usage | None = None
+    timings: Timings | None = None
+    failure: Failure | None = None
+    result: JobResult | None = None
+    """Only when it was asked for."""
+
+    @property
+    def trace_id(self) -> str | None:
+        return self.traceparent.split("-")[1] if self.traceparent else None

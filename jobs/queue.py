@@ -1,0 +1,111 @@
+"""The Celery application, as both sides set it up, and the one task that crosses it.
+
+The message carries the job's id and trace headers, nothing else: prompts and results stay in the job
+store. There is no result backend; the store's settle script decides and tells the waiters.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from celery import Celery
+from kombu import Queue
+from kombu.exceptions import OperationalError
+
+from jobs.errors import StoreUnavailable
+from jobs.model import JobId
+from jobs.settings import JobsSettings
+
+GENERATE = "throughline.generate"
+"""Name of the task; its only argument is the job id."""
+
+ENQUEUED_AT_HEADER = "throughline_enqueued_at_ns"
+"""Message header: Unix nanoseconds at publishing, so that the worker can draw the queue wait."""
+
+RESTORE_SWEEP_SECONDS = 2
+"""How often live workers look for messages whose holder went silent."""
+
+
+def create_celery(settings: JobsSettings) -> Celery:
+    """An app that can publish and, given queues and a task body, consume.
+
+    Every process on one Redis must use the same visibility timeout (the shortest wins), hence one function.
+    """
+    app = Celery("throughline", broker=settings.broker_url, backend=None)
+    app.conf.update(
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options=transport_options(settings),
+        task_ignore_result=True,
+        task_serializer="json",
+        accept_content=["json"],
+        task_send_sent_event=True,
+        task_create_missing_queues=True,
+        worker_hijack_root_logger=False,
+    )
+    return app
+
+
+def transport_options(settings: JobsSettings) -> dict[str, Any]:
+    return {
+        "visibility_timeout": settings.lease_seconds,
+        "unacked_restore_interval": RESTORE_SWEEP_SECONDS,
+        "unacked_restore_throttle": 1,
+        "unacked_mutex_expire": 5,
+        "socket_timeout": settings.socket_timeout_seconds,
+        "socket_connect_timeout": min(3.0, settings.socket_timeout_seconds),
+        "socket_keepalive": True,
+        "global_keyprefix": f"{settings.key_prefix}celery:",
+    }
+
+
+def declare_queue(name: str) -> Queue:
+    return Queue(name, routing_key=name)
+
+
+class Publisher(Protocol):
+    """Puts a stored job's message into the broker; blocking, to be called from a thread."""
+
+    def publish(self, id: JobId, queue: str, *, enqueued_at_ns: int) -> None:
+        """Returns once the broker holds the message.
+
+        Raises:
+            StoreUnavailable: it may or may not have arrived; the ledger knows the job either way.
+        """
+        ...
+
+
+class CeleryPublisher:
+    """Publishes through a declared task, so that the instrumentation's producer span has its real length.
+
+    The app is the process's own; the declared body is never run here.
+    """
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+        self._task = declare_generate(app)
+
+    def publish(self, id: JobId, queue: str, *, enqueued_at_ns: int) -> None:
+        try:
+            self._task.apply_async(
+                (id,),
+                task_id=id,
+                queue=queue,
+                headers={ENQUEUED_AT_HEADER: enqueued_at_ns},
+                argsrepr="<hidden>",
+                kwargsrepr="<hidden>",
+                retry=True,
+                retry_policy={"max_retries": 1, "interval_start": 0.1, "interval_max": 0.2},
+            )
+        except (OperationalError, OSError, TimeoutError) as error:
+            raise StoreUnavailable(f"the broker did not take the message: {type(error).__name__}") from error
+
+
+def declare_generate(app: Celery) -> Any:
+    """The task as its publisher sees it: a name and a signature."""
+
+    @app.task(name=GENERATE, ignore_result=True)
+    def generate(job_id: str) -> None:
+        raise NotImplementedError(f"{GENERATE} runs in workers; this process only publishes it")
+
+    return generate

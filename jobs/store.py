@@ -1,0 +1,185 @@
+"""The two sides of the job store.
+
+The API submits, reads, cancels and watches (`SubmissionStore`, async); a worker claims, renews and
+settles (`AttemptStore`, blocking, called from many threads). Neither needs the other's half, so the
+two share no code but the scripts. `jobs.redis_store` holds the real ones, `jobs.memory_store` one that lives
+in a process and passes the same contract tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from jobs.model import (
+    Failure,
+    Job,
+    JobId,
+    JobRequest,
+    JobResult,
+    LeaseToken,
+    NewJob,
+    ReplicaId,
+    Timings,
+    WorkerId,
+)
+from jobs.states import JobState
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    id: JobId
+    replayed: bool
+    """True when the idempotency key had been used with the same body: `id` is the earlier job."""
+
+
+class CancelOutcome(StrEnum):
+    CANCELLED = "cancelled"
+    """It was queued, and is now final."""
+    CANCELLING = "cancelling"
+    """A worker holds it and has been told."""
+    FINAL = "final"
+    """It had ended before; nothing changed."""
+    MISSING = "missing"
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One move of a watched job, as read from the replica's reply stream."""
+
+    position: str
+    """Where to read on from."""
+    id: JobId
+    state: JobState
+
+
+class SubmissionStore(Protocol):
+    """The API's half. Every method raises `StoreUnavailable` when the store does not answer."""
+
+    async def create(self, job: NewJob, *, max_open: int) -> Created:
+        """Write the job and its ledger entry, or neither.
+
+        The job is not yet in the broker: publish it next, and `discard` it when that fails.
+
+        Raises:
+            QueueFull: the ledger of the job's queue holds `max_open` jobs.
+            IdempotencyMismatch: the key came before with another fingerprint.
+        """
+        ...
+
+    async def discard(self, id: JobId) -> bool:
+        """Remove a job that was never published. False when a worker has seen it: then it is kept."""
+        ...
+
+    async def get(self, id: JobId, *, with_result: bool = False) -> Job | None: ...
+
+    async def cancel(self, id: JobId, *, now: float) -> CancelOutcome: ...
+
+    async def watch(self, id: JobId, replica: ReplicaId) -> JobState | None:
+        """Tell `replica`'s reply stream of every later move; the state now, None when unknown.
+
+        Read and subscription are one act, so no move falls between them.
+        """
+        ...
+
+    async def read_replies(self, replica: ReplicaId, after: str, *, block_seconds: float) -> list[Reply]:
+        """The moves told to `replica` after a position ("0" is the start), waiting up to `block_seconds`."""
+        ...
+
+    async def forget_replica(self, replica: ReplicaId) -> None: ...
+
+    async def count_open(self, queue: str) -> int: ...
+
+    async def ping(self) -> None: ...
+
+
+class ClaimOutcome(StrEnum):
+    CLAIMED = "claimed"
+    MISSING = "missing"
+    """Unknown or past its retention: drop the message."""
+    FINAL = "final"
+    """It ended before (a second delivery, or cancelled while queued): drop the message."""
+    HELD = "held"
+    """Another worker's lease is still good: drop the message; the reconciler watches that lease."""
+    CANCELLED = "cancelled"
+    """It was being cancelled when its worker died; this claim ended it."""
+    EXPIRED = "expired"
+    """Its deadline had passed; this claim ended it."""
+    EXHAUSTED = "exhausted"
+    """All its attempts are used up; this claim ended it as failed (`worker_lost`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    outcome: ClaimOutcome
+    attempt: int = 0
+    request: JobRequest | None = None
+    """Set when claimed."""
+    queued_at: float = 0.0
+    expires_at: float | None = None
+    traceparent: str | None = None
+
+
+class SettleOutcome(StrEnum):
+    SETTLED = "settled"
+    DUPLICATE = "duplicate"
+    """The job was final already; nothing changed."""
+    CANCELLED = "cancelled"
+    """The client had cancelled it meanwhile: it ended as cancelled, whatever was offered."""
+    LOST = "lost"
+    """Another attempt holds the lease; nothing changed."""
+    MISSING = "missing"
+
+
+class RenewOutcome(StrEnum):
+    RENEWED = "renewed"
+    CANCELLING = "cancelling"
+    """Renewed, but the client wants it stopped."""
+    LOST = "lost"
+    """The lease is another's, or the job has ended: stop working on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """The final word of an attempt; exactly one of result and failure, or neither for expiry."""
+
+    state: JobState
+    result: JobResult | None = None
+    failure: Failure | None = None
+    timings: Timings | None = None
+
+
+class AttemptStore(Protocol):
+    """A worker's half; safe to call from many threads. Raises `StoreUnavailable`."""
+
+    def claim(
+        self, id: JobId, token: LeaseToken, worker: WorkerId, *, now: float, lease_seconds: float
+    ) -> Claim:
+        """Take the lease on a job and count an attempt, or end it, or say why neither.
+
+        Safe to repeat with the same token: the second call returns the same claim without counting again.
+        """
+        ...
+
+    def renew(
+        self, held: dict[JobId, LeaseToken], *, now: float, lease_seconds: float
+    ) -> dict[JobId, RenewOutcome]: ...
+
+    def settle(self, id: JobId, token: LeaseToken, settlement: Settlement, *, now: float) -> SettleOutcome:
+        """Write the final state, tell the watchers and clear the ledger, once.
+
+        Safe to repeat: the first final state wins and the second call returns DUPLICATE.
+        """
+        ...
+
+    def release(self, id: JobId, token: LeaseToken, *, now: float, count_attempt: bool) -> SettleOutcome:
+        """Give the job back as queued. SETTLED when done; the caller then requeues the message.
+
+        `count_attempt` is False for a worker that shuts down and True for an attempt that failed.
+        """
+        ...
+
+    def read_cancels(self, worker: WorkerId, after: str, *, block_seconds: float) -> list[tuple[str, JobId]]:
+        """(position, job) of the cancels told to this worker, waiting up to `block_seconds`."""
+        ...
