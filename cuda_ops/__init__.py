@@ -1,0 +1,21 @@
+"""The engine's ops: one `torch.library` name each, a meaning in plain torch, room for native kernels."""
+
+from __future__ import annotations
+
+from cuda_ops.activation import silu_and_mul
+from cuda_ops.attention import paged_attention_decode, paged_attention_prefill
+from cuda_ops.kv_cache import write_kv
+from cuda_ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from cuda_ops.rotary import rotary_embedding
+
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "layer_norm",
+    "paged_attention_decode",
+    "paged_attention_prefill",
+    "rms_norm",
+    "rotary_embedding",
+    "silu_and_mul",
+    "write_kv",
+]

@@ -1,0 +1,114 @@
+"""Attention over the paged key-value cache: one op for sequences that decode, one for those that prefill.
+
+Both write into a caller's `out`, so that the two parts of a mixed batch share one result without a copy.
+Blocks named by a table must hold finite numbers in every slot: slots past the context get weight 0, and 0
+times NaN is NaN. A cache allocated with zeros keeps that.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cuda_ops import reference
+from cuda_ops.errors import OpInputError
+from cuda_ops.registry import define_op
+
+
+def paged_attention_decode(
+    out: Tensor,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    *,
+    max_context_len: int,
+    scale: float,
+    sliding_window: int | None = None,
+) -> None:
+    """Let one token of each sequence, its last, attend to the sequence's whole context.
+
+    Scores, softmax and sums are float32.
+
+    Args:
+        out: `[num_sequences, num_heads, head_dim]`, mutated.
+        query: like `out`, any strides; `num_heads` is a multiple of `num_kv_heads`, query head h reads key
+            head `h // (num_heads / num_kv_heads)`.
+        key_cache: `[num_blocks, num_kv_heads, block_size, head_dim]`, contiguous.
+        value_cache: like `key_cache`.
+        block_tables: `[num_sequences, max_blocks]` int32; unused entries name any valid block.
+        context_lens: `[num_sequences]` int32, at least 1, the decoding token included.
+        max_context_len: at least the largest of `context_lens`, at most `max_blocks * block_size`.
+        scale: multiplies the scores before the softmax.
+        sliding_window: a token sees itself and the `sliding_window - 1` tokens before it; None sees all.
+
+    Raises:
+        OpInputError: heads do not fit together.
+    """
+    _check_heads("paged_attention_decode", query, key_cache)
+    _decode(
+        out, query, key_cache, value_cache, block_tables, context_lens, max_context_len, scale, sliding_window
+    )
+
+
+def paged_attention_prefill(
+    out: Tensor,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+) -> None:
+    """Let each sequence's last tokens attend causally to its context, which already holds their own keys.
+
+    Scores, softmax and sums are float32.
+
+    Args:
+        out: `[num_tokens, num_heads, head_dim]`, mutated in rows `query_start[0]:query_start[-1]`.
+        query: like `out`, any strides; heads as in `paged_attention_decode`.
+        key_cache: `[num_blocks, num_kv_heads, block_size, head_dim]`, contiguous.
+        value_cache: like `key_cache`.
+        query_start: `[num_sequences + 1]` int32 offsets into the rows of `query`; need not begin at 0.
+        context_lens: `[num_sequences]` int32, each at least the sequence's number of query tokens.
+        block_tables: `[num_sequences, max_blocks]` int32.
+        scale: multiplies the scores before the softmax.
+        sliding_window: as in `paged_attention_decode`.
+
+    Raises:
+        OpInputError: heads do not fit together.
+    """
+    _check_heads("paged_attention_prefill", query, key_cache)
+    _prefill(
+        out, query, key_cache, value_cache, query_start, context_lens, block_tables, scale, sliding_window
+    )
+
+
+def _check_heads(op: str, query: Tensor, key_cache: Tensor) -> None:
+    if query.shape[1] % key_cache.shape[1] or query.shape[2] != key_cache.shape[3]:
+        raise OpInputError(
+            op,
+            f"query is {list(query.shape)}, key_cache {list(key_cache.shape)}:"
+            " head_dim must be equal and query heads a multiple of key heads",
+        )
+
+
+def _fake(*_: object) -> None:
+    return None
+
+
+_decode = define_op(
+    "paged_attention_decode(Tensor(a!) out, Tensor query, Tensor key_cache, Tensor value_cache,"
+    " Tensor block_tables, Tensor context_lens, int max_context_len, float scale, int? sliding_window) -> ()",
+    reference=reference.paged_attention_decode,
+    fake=_fake,
+)
+_prefill = define_op(
+    "paged_attention_prefill(Tensor(a!) out, Tensor query, Tensor key_cache, Tensor value_cache,"
+    " Tensor query_start, Tensor context_lens, Tensor block_tables, float scale, int? sliding_window) -> ()",
+    reference=reference.paged_attention_prefill,
+    fake=_fake,
+)
