@@ -1,0 +1,170 @@
+"""One tracer provider a process, whoever made it, and a shutdown that cannot hang."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcSpanExporter
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpSpanExporter
+from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
+from opentelemetry.trace import Tracer
+
+from telemetry import names
+from telemetry.settings import Target, TelemetrySettings
+
+_logger = logging.getLogger(__name__)
+
+
+class Telemetry:
+    """The process's tracing: hands out tracers and takes care of the end.
+
+    Args:
+        provider: spans go through it; ours, or the one `opentelemetry-instrument` installed.
+        exporters: those we built, to be cut off when a shutdown runs out of time.
+    """
+
+    def __init__(
+        self, provider: TracerProvider, settings: TelemetrySettings, exporters: Sequence[SpanExporter] = ()
+    ) -> None:
+        self.provider = provider
+        self.settings = settings
+        self._exporters = tuple(exporters)
+        self._closing = threading.Lock()
+        self._is_closed = False
+
+    def tracer(self, name: str = names.TRACER) -> Tracer:
+        return self.provider.get_tracer(name)
+
+    def shutdown(self, timeout_seconds: float = 3.0) -> None:
+        """Every ended span is exported, or given up when the time is over; safe to repeat.
+
+        Spans that end later are dropped. The SDK's own shutdown waits up to 30 s for a collector that is
+        gone, and its flush knows no timeout at all.
+        """
+        with self._closing:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        atexit.unregister(self.shutdown)
+        closer = threading.Thread(target=self.provider.shutdown, name="telemetry-shutdown", daemon=True)
+        try:
+            closer.start()
+        except RuntimeError:
+            # Python 3.12 and later start no thread once the interpreter is leaving: the exporters' timeout
+            # is the bound.
+            self.provider.shutdown()
+            return
+        closer.join(timeout_seconds)
+        if closer.is_alive():
+            _logger.warning("Gave up on exporting the last spans after %.1f s", timeout_seconds)
+            for exporter in self._exporters:
+                exporter.shutdown()
+
+
+class _OwnTracerProvider(TracerProvider):
+    """Leads from the OpenTelemetry global, the only one we use, back to the `Telemetry` built here."""
+
+    telemetry: Telemetry
+
+
+def configure(default_service_name: str, settings: TelemetrySettings | None = None) -> Telemetry:
+    """The process has a tracer provider, from now on OpenTelemetry's global one.
+
+    Call it before the FastAPI app is built. Where `opentelemetry-instrument` has installed a provider, that
+    one is used as it is, with its exporter and no second one. Otherwise ours exports to the endpoint of the
+    settings, or only makes ids where there is none. A second call in the same process returns the first
+    one's result.
+
+    Args:
+        default_service_name: where neither OTEL_SERVICE_NAME nor OTEL_RESOURCE_ATTRIBUTES names the service.
+        settings: read from the environment when left out.
+
+    Raises:
+        SettingsError: the environment holds a value that its rule refuses.
+    """
+    prefer_stable_http_attributes()
+    provider = trace.get_tracer_provider()
+    if isinstance(provider, _OwnTracerProvider):
+        return provider.telemetry
+    chosen = settings if settings is not None else TelemetrySettings.from_environment(os.environ)
+    if isinstance(provider, TracerProvider):
+        return _adopt(provider, chosen, is_explicit=settings is not None)
+    for warning in chosen.warnings:
+        _logger.warning("%s", warning)
+    own = _build(default_service_name, chosen)
+    trace.set_tracer_provider(own)
+    atexit.register(own.telemetry.shutdown)
+    return own.telemetry
+
+
+def prefer_stable_http_attributes() -> None:
+    """The HTTP instrumentation emits today's attribute names, unless the user chose others."""
+    os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")
+
+
+def _adopt(provider: TracerProvider, settings: TelemetrySettings, *, is_explicit: bool) -> Telemetry:
+    if is_explicit and settings.target is not None:
+        _logger.warning(
+            "Spans go where opentelemetry-instrument sends them, not to the endpoint given to this program"
+        )
+    return Telemetry(provider, settings)
+
+
+def _build(default_service_name: str, settings: TelemetrySettings) -> _OwnTracerProvider:
+    provider = _OwnTracerProvider(
+        resource=_resource(default_service_name, settings),
+        shutdown_on_exit=False,  # the SDK's own exit handler may wait for 30 s
+    )
+    exporters = [] if settings.is_disabled else _exporters(settings)
+    for exporter in exporters:
+        provider.add_span_processor(
+            BatchSpanProcessor(
+                exporter,
+                max_queue_size=settings.max_queue_spans,
+                max_export_batch_size=settings.max_batch_spans,
+                schedule_delay_millis=settings.schedule_delay_seconds * 1000,
+            )
+        )
+    provider.telemetry = Telemetry(provider, settings, exporters)
+    return provider
+
+
+def _resource(default_service_name: str, settings: TelemetrySettings) -> Resource:
+    attributes: dict[str, str] = {SERVICE_VERSION: _version()}
+    if settings.service_name is not None:
+        attributes[SERVICE_NAME] = settings.service_name
+    elif "service.name=" not in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""):
+        attributes[SERVICE_NAME] = default_service_name
+    return Resource.create(attributes)
+
+
+def _version() -> str:
+    try:
+        return version("throughline")
+    except PackageNotFoundError:
+        return "unknown"  # run from a checkout that was never installed
+
+
+def _exporters(settings: TelemetrySettings) -> list[SpanExporter]:
+    exporters: list[SpanExporter] = []
+    if "console" in settings.exporters:
+        exporters.append(ConsoleSpanExporter())
+    if settings.target is not None:
+        exporters.append(_otlp_exporter(settings.target, settings.export_timeout_seconds))
+    return exporters
+
+
+def _otlp_exporter(target: Target, timeout_seconds: float) -> SpanExporter:
+    match target.protocol:
+        case "grpc":
+            return GrpcSpanExporter(target.url, insecure=target.is_plaintext, timeout=timeout_seconds)
+        case "http/protobuf":
+            return HttpSpanExporter(target.url, timeout=timeout_seconds)

@@ -1,0 +1,307 @@
+"""Spans drawn from recorded stamps, and the context that ties them together.
+
+A worker never holds a live span open while the engine runs: the engine's child process stamps what
+happened, and the parent draws the spans afterwards with those times. All stamps are wall-clock nanoseconds
+since 1970 (`time.time_ns`). Nothing here blocks on the network or raises for a bad stamp: a job never fails
+for its trace.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+from opentelemetry import trace
+from opentelemetry.baggage.propagation import W3CBaggagePropagator
+from opentelemetry.context import Context
+from opentelemetry.propagators.composite import CompositePropagator
+from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, Tracer
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.types import AttributeValue
+
+from telemetry import names
+
+PhaseName = Literal["wait", "prefill", "decode"]
+
+_W3C = CompositePropagator([TraceContextTextMapPropagator(), W3CBaggagePropagator()])
+_PHASE_SPANS: Mapping[PhaseName, str] = {
+    "wait": names.SPAN_ENGINE_WAIT,
+    "prefill": names.SPAN_ENGINE_PREFILL,
+    "decode": names.SPAN_ENGINE_DECODE,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """One stay of a request in one phase of the engine; a preempted request has more than one of each.
+
+    `attributes` are own keys of `telemetry.names` (`PHASE_TOKENS`, `PHASE_STEPS`), never `gen_ai.*`.
+    """
+
+    name: PhaseName
+    start_ns: int
+    end_ns: int
+    attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRecord:
+    """All that is told of one generation, whatever its number of prompts, choices or beams.
+
+    Args:
+        response_id: what the client sees as the completion's `id`.
+        started_at_ns: handed to the engine.
+        ended_at_ns: last token out, or the failure.
+        finish_reasons: one a choice, in order; `error` for a choice that failed, was cancelled or never
+            finished.
+        input_tokens: of all prompts together, cached ones included.
+        output_tokens: of all choices together.
+        time_to_first_token_seconds: from `started_at_ns`.
+        error_type: a low-cardinality reason; None also for a cancelled generation, which is no error.
+        prompts: content, drawn only by a caller that asks for it (see `generation`).
+        outputs: content, one a choice.
+    """
+
+    model: str
+    response_id: str
+    started_at_ns: int
+    ended_at_ns: int
+    finish_reasons: tuple[str, ...]
+    input_tokens: int
+    output_tokens: int
+    cached_tokens: int = 0
+    job_id: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    stop_sequences: tuple[str, ...] = ()
+    choice_count: int = 1
+    prompt_count: int = 1
+    uses_beam_search: bool = False
+    is_streamed: bool = False
+    phases: tuple[Phase, ...] = ()
+    time_to_first_token_seconds: float | None = None
+    mean_batch_size: float | None = None
+    max_batch_size: int | None = None
+    num_steps: int | None = None
+    num_preemptions: int = 0
+    error_type: str | None = None
+    prompts: tuple[str, ...] = field(default=(), repr=False)
+    outputs: tuple[str, ...] = field(default=(), repr=False)
+
+
+def inject(headers: MutableMapping[str, str]) -> None:
+    """`headers` carries the current `traceparent`, `tracestate` and `baggage`; unchanged outside any span."""
+    _W3C.inject(headers)
+
+
+def extract(headers: Mapping[str, object]) -> Context:
+    """The context that `headers` carry; empty (a new trace) where they hold none or a malformed one.
+
+    Values that are no strings are passed over, so a task's whole header mapping can be handed in.
+    """
+    carrier = {key.lower(): value for key, value in headers.items() if isinstance(value, str)}
+    return _W3C.extract(carrier, context=Context())
+
+
+def queue_wait(
+    context: Context,
+    *,
+    queue: str,
+    job_id: str,
+    enqueued_at_ns: int,
+    started_at_ns: int,
+    tracer: Tracer | None = None,
+) -> None:
+    """Draw `queue <queue>` below `context`, which is the send span's (`telemetry.celery.creation_context`).
+
+    The two stamps come from two machines' clocks. A wait that would be negative is drawn with length zero
+    and flagged.
+    """
+    is_skewed = started_at_ns < enqueued_at_ns
+    start_ns = started_at_ns if is_skewed else enqueued_at_ns
+    attributes: dict[str, AttributeValue] = {
+        names.JOB_ID: job_id,
+        names.QUEUE_WAIT: (started_at_ns - start_ns) / 1e9,
+    }
+    if is_skewed:
+        attributes[names.CLOCK_SKEWED] = True
+    span = _tracer(tracer).start_span(f"queue {queue}", context, attributes=attributes, start_time=start_ns)
+    span.end(started_at_ns)
+
+
+def generation(
+    context: Context, record: GenerationRecord, *, capture_content: bool = False, tracer: Tracer | None = None
+) -> SpanContext:
+    """Draw the one `gen_ai.*` span of a generation below `context`, with its engine phases as children.
+
+    `capture_content` puts prompts and outputs on it; only `TelemetrySettings.captures_content` may say so.
+    Returned is the span's own context, for others to link to.
+    """
+    chosen = _tracer(tracer)
+    attributes = _request_attributes(record) | _response_attributes(record)
+    if capture_content:
+        attributes |= _content_attributes(record)
+    span = chosen.start_span(
+        f"{names.OPERATION_TEXT_COMPLETION} {record.model}",
+        context,
+        attributes=attributes,
+        start_time=record.started_at_ns,
+    )
+    if record.error_type is not None:
+        _fail(span, record.error_type)
+    if span.is_recording():
+        below = trace.set_span_in_context(span, context)
+        for phase in record.phases:
+            _draw_phase(chosen, below, phase)
+    span.end(max(record.ended_at_ns, record.started_at_ns))
+    return span.get_span_context()
+
+
+def mark_job(job_id: str) -> None:
+    """The current span (the request's, in the API) names the job."""
+    trace.get_current_span().set_attribute(names.JOB_ID, job_id)
+
+
+def mark_attempt(
+    *,
+    job_id: str,
+    attempt: int,
+    is_redelivered: bool = False,
+    queue_wait_seconds: float | None = None,
+    previous_traceparent: str | None = None,
+) -> None:
+    """The current `process` span names its job and attempt, and links to the attempt before it.
+
+    `attempt` counts from 1, as the job store does. `queue_wait_seconds` is the searchable twin of the
+    `queue` span; a negative one is clock skew and told as such. `previous_traceparent` is what
+    `telemetry.http.current_traceparent` gave in the attempt before.
+    """
+    span = trace.get_current_span()
+    span.set_attributes(
+        {names.JOB_ID: job_id, names.JOB_ATTEMPT: attempt, names.JOB_REDELIVERED: is_redelivered}
+    )
+    if queue_wait_seconds is not None:
+        span.set_attribute(names.QUEUE_WAIT, max(queue_wait_seconds, 0.0))
+        if queue_wait_seconds < 0:
+            span.set_attribute(names.CLOCK_SKEWED, True)
+    if previous_traceparent is not None:
+        previous = trace.get_current_span(extract({"traceparent": previous_traceparent})).get_span_context()
+        if previous.is_valid:
+            span.add_link(previous, {names.LINK_ROLE: names.LINK_PREVIOUS_ATTEMPT})
+
+
+def mark_outcome(state: str, *, error_type: str | None = None) -> None:
+    """The current `process` span tells how its attempt left the job; ERROR only with an `error_type`."""
+    span = trace.get_current_span()
+    span.set_attribute(names.JOB_STATE, state)
+    if error_type is not None:
+        _fail(span, error_type)
+
+
+@contextmanager
+def wait_result(job_id: str) -> Iterator[Span]:
+    """A live span around the API's wait for a job, so that the gap in the server span has a name."""
+    with _tracer(None).start_as_current_span(
+        names.SPAN_WAIT_RESULT, attributes={names.JOB_ID: job_id}
+    ) as span:
+        yield span
+
+
+@contextmanager
+def store_result(job_id: str) -> Iterator[Span]:
+    """A live span around the worker's settle."""
+    with _tracer(None).start_as_current_span(
+        names.SPAN_STORE_RESULT, attributes={names.JOB_ID: job_id}
+    ) as span:
+        yield span
+
+
+def link_to(context: Context, role: str) -> list[Link]:
+    """A list of one link to the span in `context`; empty where there is none."""
+    target = trace.get_current_span(context).get_span_context()
+    return [Link(target, {names.LINK_ROLE: role})] if target.is_valid else []
+
+
+def _tracer(tracer: Tracer | None) -> Tracer:
+    return tracer if tracer is not None else trace.get_tracer(names.TRACER)
+
+
+def _fail(span: Span, error_type: str) -> None:
+    span.set_attribute(names.ERROR_TYPE, error_type)
+    span.set_status(Status(StatusCode.ERROR))
+
+
+def _draw_phase(tracer: Tracer, context: Context, phase: Phase) -> None:
+    span = tracer.start_span(
+        _PHASE_SPANS[phase.name],
+        context,
+        kind=SpanKind.INTERNAL,
+        attributes=dict(phase.attributes),
+        start_time=phase.start_ns,
+    )
+    span.end(max(phase.end_ns, phase.start_ns))
+
+
+def _request_attributes(record: GenerationRecord) -> dict[str, AttributeValue]:
+    given: dict[str, AttributeValue | None] = {
+        names.GEN_AI_OPERATION_NAME: names.OPERATION_TEXT_COMPLETION,
+        names.GEN_AI_PROVIDER_NAME: names.PROVIDER,
+        names.GEN_AI_REQUEST_MODEL: record.model,
+        names.JOB_ID: record.job_id,
+        names.GEN_AI_REQUEST_MAX_TOKENS: record.max_tokens,
+        names.GEN_AI_REQUEST_TEMPERATURE: _as_double(record.temperature),
+        names.GEN_AI_REQUEST_TOP_P: _as_double(record.top_p),
+        names.GEN_AI_REQUEST_TOP_K: record.top_k,
+        names.GEN_AI_REQUEST_SEED: record.seed,
+        names.GEN_AI_REQUEST_FREQUENCY_PENALTY: _as_double(record.frequency_penalty),
+        names.GEN_AI_REQUEST_PRESENCE_PENALTY: _as_double(record.presence_penalty),
+        names.GEN_AI_REQUEST_STOP_SEQUENCES: record.stop_sequences or None,
+        # The convention leaves out a count of one and a stream that is none.
+        names.GEN_AI_REQUEST_CHOICE_COUNT: record.choice_count if record.choice_count != 1 else None,
+        names.GEN_AI_REQUEST_STREAM: record.is_streamed or None,
+        names.REQUEST_PROMPT_COUNT: record.prompt_count if record.prompt_count != 1 else None,
+        names.REQUEST_BEAM_SEARCH: record.uses_beam_search or None,
+    }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _response_attributes(record: GenerationRecord) -> dict[str, AttributeValue]:
+    given: dict[str, AttributeValue | None] = {
+        names.GEN_AI_RESPONSE_ID: record.response_id,
+        names.GEN_AI_RESPONSE_MODEL: record.model,
+        names.GEN_AI_RESPONSE_FINISH_REASONS: record.finish_reasons,
+        names.GEN_AI_USAGE_INPUT_TOKENS: record.input_tokens,
+        names.GEN_AI_USAGE_OUTPUT_TOKENS: record.output_tokens,
+        names.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS: record.cached_tokens or None,
+        names.TIME_TO_FIRST_TOKEN: _as_double(record.time_to_first_token_seconds),
+        names.BATCH_SIZE_MEAN: _as_double(record.mean_batch_size),
+        names.BATCH_SIZE_MAX: record.max_batch_size,
+        names.STEPS: record.num_steps,
+        names.PREEMPTIONS: record.num_preemptions or None,
+    }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _content_attributes(record: GenerationRecord) -> dict[str, AttributeValue]:
+    """Messages as JSON strings, the form every back end reads."""
+    inputs = [{"role": "user", "parts": [{"type": "text", "content": prompt}]} for prompt in record.prompts]
+    outputs = [
+        {"role": "assistant", "parts": [{"type": "text", "content": output}], "finish_reason": reason}
+        for output, reason in zip(record.outputs, record.finish_reasons, strict=False)
+    ]
+    return {
+        names.GEN_AI_INPUT_MESSAGES: json.dumps(inputs, ensure_ascii=False),
+        names.GEN_AI_OUTPUT_MESSAGES: json.dumps(outputs, ensure_ascii=False),
+    }
+
+
+def _as_double(value: float | None) -> float | None:
+    return None if value is None else float(value)
