@@ -48,7 +48,7 @@ def create_celery(settings: JobsSettings) -> Celery:
 
 def transport_options(settings: JobsSettings) -> dict[str, Any]:
     return {
-        "visibility_timeout": settings.lease_seconds,
+        "visibility_timeout": settings.visibility_timeout_seconds,
         "unacked_restore_interval": RESTORE_SWEEP_SECONDS,
         "unacked_restore_throttle": 1,
         "unacked_mutex_expire": 5,

@@ -33,11 +33,24 @@ class JobsSettings(BaseSettings):
     )
     key_prefix: str = Field(default="tl:", pattern=r"^[A-Za-z0-9:_-]*$")
     """Put before every key of ours, so that several installations can share a database."""
-    lease_seconds: float = Field(default=15.0, ge=1.0, le=3600.0)
+    lease_seconds: float = Field(default=9.0, ge=1.0, le=3600.0)
     """A worker not heard from for so long loses its jobs to others."""
     result_ttl_seconds: int = Field(default=24 * 3600, ge=60)
     """How long a finished job and its result are kept."""
     socket_timeout_seconds: float = Field(default=5.0, gt=0.0)
+
+    @property
+    def renew_seconds(self) -> float:
+        """How often a worker renews: two renewals may fail before the lease is lost."""
+        return self.lease_seconds / 3
+
+    @property
+    def visibility_timeout_seconds(self) -> float:
+        """The broker's redelivery of a silent worker's messages.
+
+        One renewal longer than the lease, so that a redelivered job is never found still leased.
+        """
+        return self.lease_seconds + self.renew_seconds
 
     @property
     def broker_url(self) -> str:

@@ -173,10 +173,13 @@ class AttemptStore(Protocol):
         """
         ...
 
-    def release(self, id: JobId, token: LeaseToken, *, now: float, count_attempt: bool) -> SettleOutcome:
+    def release(
+        self, id: JobId, token: LeaseToken, *, now: float, failure: Failure | None = None
+    ) -> SettleOutcome:
         """Give the job back as queued. SETTLED when done; the caller then requeues the message.
 
-        `count_attempt` is False for a worker that shuts down and True for an attempt that failed.
+        Without a failure (a worker that shuts down) the attempt is not counted. With one it is, and the
+        failure becomes the job's own if no attempts are left at the next claim.
         """
         ...
 

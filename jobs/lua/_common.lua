@@ -1,0 +1,28 @@
+-- Put before every script. Keys are built from the prefix: one Redis or Sentinel, no Cluster.
+-- A job is one hash; see jobs/README.md for its fields. Missing fields read as ''.
+
+local FINAL = {completed = true, failed = true, cancelled = true, expired = true}
+
+local function field(job_key, name)
+  return redis.call('HGET', job_key, name) or ''
+end
+
+-- Tell every API replica that watches the job.
+local function notify(prefix, job_key, id, state)
+  for replica in string.gmatch(field(job_key, 'watchers'), '%S+') do
+    local stream = prefix .. 'replies:' .. replica
+    redis.call('XADD', stream, 'MAXLEN', '~', 20000, '*', 'id', id, 'state', state)
+    redis.call('EXPIRE', stream, 3600)
+  end
+end
+
+-- Make a state final: record, ledger, retention, watchers, at once.
+local function finish(prefix, job_key, id, state, now, ttl)
+  redis.call('HSET', job_key, 'state', state, 'finished_at', now,
+             'result_expires_at', string.format('%.3f', tonumber(now) + tonumber(ttl)))
+  redis.call('HDEL', job_key, 'lease_token', 'lease_expires_at', 'worker')
+  if state ~= 'failed' then redis.call('HDEL', job_key, 'request') end
+  redis.call('ZREM', prefix .. 'open:' .. field(job_key, 'queue'), id)
+  redis.call('EXPIRE', job_key, ttl)
+  notify(prefix, job_key, id, state)
+end

@@ -1,0 +1,21 @@
+-- Store a new job and its ledger entry, or neither.
+-- KEYS[1] job hash   KEYS[2] ledger of its queue (sorted set, score = created_at)
+-- KEYS[3] idempotency key (string "id fingerprint"), or the job hash again when none was given
+-- ARGV    prefix, id, now, max_open, queue, fingerprint, idempotency ttl, then the hash's field, value, ...
+-- Returns {'created'} | {'replayed', id} | {'mismatch', id} | {'full', count}
+local prefix, id, now, max_open, queue = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
+local has_key = KEYS[3] ~= KEYS[1]
+if has_key then
+  local earlier = redis.call('GET', KEYS[3])
+  if earlier then
+    local earlier_id, fingerprint = string.match(earlier, '^(%S+) (%S*)$')
+    return {fingerprint == ARGV[6] and 'replayed' or 'mismatch', earlier_id}
+  end
+end
+local count = redis.call('ZCARD', KEYS[2])
+if count >= max_open then return {'full', count} end
+redis.call('HSET', KEYS[1], unpack(ARGV, 8))
+redis.call('ZADD', KEYS[2], now, id)
+redis.call('SADD', prefix .. 'queues', queue)
+if has_key then redis.call('SET', KEYS[3], id .. ' ' .. ARGV[6], 'EX', ARGV[7]) end
+return {'created'}

@@ -1,0 +1,304 @@
+"""Both halves of the store, the registry and a publisher, in one process.
+
+For tests of the API and the workers that need no Redis: it passes the same contract tests as the
+real one, and nothing else is promised. Moves are made under one lock, as Redis makes them one at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import dataclass, field
+from time import monotonic
+
+from jobs.errors import IdempotencyMismatch, QueueFull
+from jobs.model import Failure, Job, JobId, LeaseToken, NewJob, ReplicaId, WorkerId
+from jobs.record import JOB_FIELDS, new_record, settlement_fields, to_claim, to_job, worker_lost_failure
+from jobs.registry import ALIVE_SECONDS, ModelCard, ServedModel
+from jobs.states import JobState
+from jobs.store import (
+    CancelOutcome,
+    Claim,
+    ClaimOutcome,
+    Created,
+    RenewOutcome,
+    Reply,
+    Settlement,
+    SettleOutcome,
+)
+
+_POLL_SECONDS = 0.005
+
+
+@dataclass
+class MemoryStore:
+    """`SubmissionStore`, `AttemptStore`, `ModelDirectory`, `ModelAnnouncer` and `Publisher` in one."""
+
+    result_ttl_seconds: int = 24 * 3600
+    published: list[tuple[JobId, str]] = field(default_factory=list)
+    """(job, queue) of every message, oldest first."""
+
+    def __post_init__(self) -> None:
+        self._lock = threading.RLock()
+        self._records: dict[JobId, dict[str, str]] = {}
+        self._open: dict[str, dict[JobId, float]] = {}
+        self._idempotency: dict[str, tuple[JobId, str]] = {}
+        self._streams: dict[str, list[tuple[int, JobId, str]]] = {}
+        self._position = 0
+        self._cards: dict[str, ModelCard] = {}
+        self._tokenizers: dict[str, str] = {}
+        self._beats: dict[str, dict[WorkerId, float]] = {}
+
+    # The API's half
+
+    async def create(self, job: NewJob, *, max_open: int) -> Created:
+        with self._lock:
+            if job.idempotency_key and (earlier := self._idempotency.get(job.idempotency_key)):
+                if earlier[1] != (job.fingerprint or ""):
+                    raise IdempotencyMismatch(
+                        f"the idempotency key was used for job {earlier[0]} with another body"
+                    )
+                return Created(earlier[0], replayed=True)
+            ledger = self._open.setdefault(job.queue, {})
+            if len(ledger) >= max_open:
+                raise QueueFull(job.queue, len(ledger), max_open)
+            self._records[job.id] = new_record(job)
+            ledger[job.id] = job.created_at
+            if job.idempotency_key:
+                self._idempotency[job.idempotency_key] = (job.id, job.fingerprint or "")
+            return Created(job.id, replayed=False)
+
+    async def discard(self, id: JobId) -> bool:
+        with self._lock:
+            record = self._records.get(id)
+            if record is None or record["state"] != JobState.QUEUED or record["attempts"] != "0":
+                return False
+            self._open[record["queue"]].pop(id, None)
+            self._idempotency.pop(record.get("idempotency_key", ""), None)
+            del self._records[id]
+            return True
+
+    async def get(self, id: JobId, *, with_result: bool = False) -> Job | None:
+        with self._lock:
+            record = self._records.get(id)
+            if record is None:
+                return None
+            names = [*JOB_FIELDS, "result"] if with_result else [*JOB_FIELDS]
+            return to_job({name: record.get(name) for name in names})
+
+    async def cancel(self, id: JobId, *, now: float) -> CancelOutcome:
+        with self._lock:
+            record = self._records.get(id)
+            if record is None:
+                return CancelOutcome.MISSING
+            match JobState(record["state"]):
+                case JobState.QUEUED:
+                    self._finish(record, JobState.CANCELLED, now)
+                    return CancelOutcome.CANCELLED
+                case JobState.IN_PROGRESS:
+                    record["state"] = JobState.CANCELLING.value
+                    record["cancelling_at"] = repr(now)
+                    self._append(f"cancels:{record['worker']}", id, "")
+                    self._notify(record)
+                    return CancelOutcome.CANCELLING
+                case JobState.CANCELLING:
+                    return CancelOutcome.CANCELLING
+                case _:
+                    return CancelOutcome.FINAL
+
+    async def watch(self, id: JobId, replica: ReplicaId) -> JobState | None:
+        with self._lock:
+            record = self._records.get(id)
+            if record is None:
+                return None
+            state = JobState(record["state"])
+            watchers = record.get("watchers", "").split()
+            if not state.is_final and replica not in watchers:
+                record["watchers"] = " ".join([*watchers, replica])
+            return state
+
+    async def read_replies(self, replica: ReplicaId, after: str, *, block_seconds: float) -> list[Reply]:
+        deadline = monotonic() + block_seconds
+        while True:
+            entries = self._read(f"replies:{replica}", after)
+            if entries or monotonic() >= deadline:
+                return [Reply(str(position), id, JobState(state)) for position, id, state in entries]
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def forget_replica(self, replica: ReplicaId) -> None:
+        with self._lock:
+            self._streams.pop(f"replies:{replica}", None)
+
+    async def count_open(self, queue: str) -> int:
+        with self._lock:
+            return len(self._open.get(queue, {}))
+
+    async def ping(self) -> None:
+        return None
+
+    # A worker's half
+
+    def claim(
+        self, id: JobId, token: LeaseToken, worker: WorkerId, *, now: float, lease_seconds: float
+    ) -> Claim:
+        with self._lock:
+            record = self._records.get(id)
+            if record is None:
+                return Claim(ClaimOutcome.MISSING)
+            if (ended := self._refuse_or_end(record, token, now)) is not None:
+                return Claim(ended)
+            if record.get("lease_token") != token:
+                record.update(
+                    attempts=str(int(record["attempts"]) + 1),
+                    state=JobState.IN_PROGRESS.value,
+                    in_progress_at=repr(now),
+                    worker=worker,
+                    lease_token=token,
+                    lease_expires_at=repr(now + lease_seconds),
+                )
+                record.pop("failure", None)
+                self._notify(record)
+            names = ("attempts", "request", "queued_at", "expires_at", "traceparent")
+            return to_claim(*(record.get(name, "") for name in names))
+
+    def _refuse_or_end(self, record: dict[str, str], token: LeaseToken, now: float) -> ClaimOutcome | None:
+        """Why the job cannot be claimed, ending it where its time, its attempts or a cancel say so."""
+        state = JobState(record["state"])
+        if state.is_final:
+            return ClaimOutcome.FINAL
+        if state is not JobState.QUEUED:
+            if record["lease_token"] == token:
+                return None
+            if float(record["lease_expires_at"]) > now:
+                return ClaimOutcome.HELD
+        if state is JobState.CANCELLING:
+            self._finish(record, JobState.CANCELLED, now)
+            return ClaimOutcome.CANCELLED
+        if "expires_at" in record and float(record["expires_at"]) <= now:
+            self._finish(record, JobState.EXPIRED, now)
+            return ClaimOutcome.EXPIRED
+        if int(record["attempts"]) >= int(record["max_attempts"]):
+            record.setdefault("failure", worker_lost_failure().model_dump_json())
+            self._finish(record, JobState.FAILED, now)
+            return ClaimOutcome.EXHAUSTED
+        return None
+
+    def renew(
+        self, held: dict[JobId, LeaseToken], *, now: float, lease_seconds: float
+    ) -> dict[JobId, RenewOutcome]:
+        with self._lock:
+            return {id: self._renew(id, token, now + lease_seconds) for id, token in held.items()}
+
+    def _renew(self, id: JobId, token: LeaseToken, lease_expires_at: float) -> RenewOutcome:
+        record = self._records.get(id, {})
+        if record.get("lease_token") != token:
+            return RenewOutcome.LOST
+        record["lease_expires_at"] = repr(lease_expires_at)
+        is_cancelling = record["state"] == JobState.CANCELLING
+        return RenewOutcome.CANCELLING if is_cancelling else RenewOutcome.RENEWED
+
+    def settle(self, id: JobId, token: LeaseToken, settlement: Settlement, *, now: float) -> SettleOutcome:
+        with self._lock:
+            record = self._records.get(id)
+            if (refusal := self._not_ours(record, token)) is not None:
+                return refusal
+            assert record is not None
+            if record["state"] == JobState.CANCELLING:
+                self._finish(record, JobState.CANCELLED, now)
+                is_wish = settlement.state is JobState.CANCELLED
+                return SettleOutcome.SETTLED if is_wish else SettleOutcome.CANCELLED
+            record.update(settlement_fields(settlement))
+            self._finish(record, settlement.state, now)
+            return SettleOutcome.SETTLED
+
+    def release(
+        self, id: JobId, token: LeaseToken, *, now: float, failure: Failure | None = None
+    ) -> SettleOutcome:
+        with self._lock:
+            record = self._records.get(id)
+            if (refusal := self._not_ours(record, token)) is not None:
+                return refusal
+            assert record is not None
+            if record["state"] == JobState.CANCELLING:
+                self._finish(record, JobState.CANCELLED, now)
+                return SettleOutcome.CANCELLED
+            if failure is None:
+                record["attempts"] = str(int(record["attempts"]) - 1)
+            else:
+                record["failure"] = failure.model_dump_json()
+            record["state"] = JobState.QUEUED.value
+            self._drop_lease(record)
+            self._notify(record)
+            return SettleOutcome.SETTLED
+
+    def read_cancels(self, worker: WorkerId, after: str, *, block_seconds: float) -> list[tuple[str, JobId]]:
+        deadline = monotonic() + block_seconds
+        while not (entries := self._read(f"cancels:{worker}", after)) and monotonic() < deadline:
+            threading.Event().wait(_POLL_SECONDS)
+        return [(str(position), id) for position, id, _ in entries]
+
+    # Registry and publisher
+
+    async def list_models(self, *, now: float) -> list[ServedModel]:
+        with self._lock:
+            return [ServedModel(card, self._count_alive(card.name, now)) for card in self._cards.values()]
+
+    def _count_alive(self, model: str, now: float) -> int:
+        return sum(beat >= now - ALIVE_SECONDS for beat in self._beats.get(model, {}).values())
+
+    async def tokenizer_json(self, digest: str) -> str | None:
+        return self._tokenizers.get(digest)
+
+    def announce(self, card: ModelCard, tokenizer_json: str) -> None:
+        with self._lock:
+            self._cards[card.name] = card
+            self._tokenizers[card.tokenizer_digest] = tokenizer_json
+
+    def beat(self, model: str, worker: WorkerId, *, now: float) -> None:
+        with self._lock:
+            self._beats.setdefault(model, {})[worker] = now
+
+    def leave(self, model: str, worker: WorkerId) -> None:
+        with self._lock:
+            self._beats.get(model, {}).pop(worker, None)
+
+    def publish(self, id: JobId, queue: str, *, enqueued_at_ns: int) -> None:
+        with self._lock:
+            self.published.append((id, queue))
+
+    # Shared
+
+    def _finish(self, record: dict[str, str], state: JobState, now: float) -> None:
+        record.update(
+            state=state.value, finished_at=repr(now), result_expires_at=repr(now + self.result_ttl_seconds)
+        )
+        self._drop_lease(record)
+        if state is not JobState.FAILED:
+            record.pop("request", None)
+        self._open[record["queue"]].pop(JobId(record["id"]), None)
+        self._notify(record)
+
+    @staticmethod
+    def _drop_lease(record: dict[str, str]) -> None:
+        for name in ("lease_token", "lease_expires_at", "worker"):
+            record.pop(name, None)
+
+    @staticmethod
+    def _not_ours(record: dict[str, str] | None, token: LeaseToken) -> SettleOutcome | None:
+        if record is None:
+            return SettleOutcome.MISSING
+        if JobState(record["state"]).is_final:
+            return SettleOutcome.DUPLICATE
+        return None if record.get("lease_token") == token else SettleOutcome.LOST
+
+    def _notify(self, record: dict[str, str]) -> None:
+        for replica in record.get("watchers", "").split():
+            self._append(f"replies:{replica}", JobId(record["id"]), record["state"])
+
+    def _append(self, stream: str, id: JobId, state: str) -> None:
+        self._position += 1
+        self._streams.setdefault(stream, []).append((self._position, id, state))
+
+    def _read(self, stream: str, after: str) -> list[tuple[int, JobId, str]]:
+        with self._lock:
+            return [entry for entry in self._streams.get(stream, []) if entry[0] > int(after)]

@@ -1,0 +1,98 @@
+"""A job as the hash that stores keep: field names and both directions of the translation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from jobs.model import Failure, Job, JobRequest, NewJob
+from jobs.states import JobState
+from jobs.store import Claim, ClaimOutcome, Settlement
+
+JOB_FIELDS = (
+    "id",
+    "state",
+    "model",
+    "queue",
+    "priority",
+    "num_prompts",
+    "created_at",
+    "queued_at",
+    "in_progress_at",
+    "cancelling_at",
+    "finished_at",
+    "expires_at",
+    "result_expires_at",
+    "attempts",
+    "max_attempts",
+    "metadata",
+    "traceparent",
+    "usage",
+    "timings",
+    "failure",
+)
+"""What a poll reads: all but the request and the result, which can be large."""
+
+_JSON_FIELDS = frozenset({"metadata", "usage", "timings", "failure", "result"})
+
+
+def new_record(job: NewJob) -> dict[str, str]:
+    fields: dict[str, str | None] = {
+        "id": job.id,
+        "state": JobState.QUEUED.value,
+        "model": job.request.model,
+        "queue": job.queue,
+        "priority": job.priority,
+        "num_prompts": str(len(job.request.prompts)),
+        "created_at": repr(job.created_at),
+        "queued_at": repr(job.created_at),
+        "expires_at": None if job.expires_at is None else repr(job.expires_at),
+        "attempts": "0",
+        "max_attempts": str(job.max_attempts),
+        "metadata": json.dumps(job.metadata) if job.metadata else None,
+        "traceparent": job.traceparent,
+        "watchers": job.watcher,
+        "idempotency_key": job.idempotency_key,
+        "request": job.request.model_dump_json(),
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def to_job(record: Mapping[str, str | None]) -> Job:
+    """Absent and empty fields take the document's defaults."""
+    present = {name: value for name, value in record.items() if value}
+    return Job.model_validate(
+        {name: json.loads(value) if name in _JSON_FIELDS else value for name, value in present.items()}
+    )
+
+
+def settlement_fields(settlement: Settlement) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    if settlement.result is not None:
+        fields["result"] = settlement.result.model_dump_json(exclude_none=True)
+        fields["usage"] = settlement.result.usage.model_dump_json()
+    if settlement.timings is not None:
+        fields["timings"] = settlement.timings.model_dump_json()
+    if settlement.failure is not None:
+        fields["failure"] = settlement.failure.model_dump_json()
+    return fields
+
+
+def to_claim(attempts: str, request: str, queued_at: str, expires_at: str, traceparent: str) -> Claim:
+    return Claim(
+        outcome=ClaimOutcome.CLAIMED,
+        attempt=int(attempts),
+        request=JobRequest.model_validate_json(request),
+        queued_at=float(queued_at),
+        expires_at=float(expires_at) if expires_at else None,
+        traceparent=traceparent or None,
+    )
+
+
+def worker_lost_failure() -> Failure:
+    """The failure of a job whose attempts all ended without a word."""
+    return Failure(
+        reason="worker_lost",
+        message="every attempt ended without a word from its worker; the job may be what kills it",
+        retryable=False,
+    )

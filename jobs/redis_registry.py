@@ -1,0 +1,63 @@
+"""The model registry in Redis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import redis
+import redis.asyncio
+
+from jobs.keys import Keys
+from jobs.model import WorkerId
+from jobs.redis_connection import store_errors
+from jobs.registry import ALIVE_SECONDS, ModelCard, ServedModel
+from jobs.settings import JobsSettings
+
+
+class RedisModelDirectory:
+    """`jobs.registry.ModelDirectory` over an asyncio client."""
+
+    def __init__(self, client: redis.asyncio.Redis, settings: JobsSettings) -> None:
+        self._client = client
+        self._keys = Keys(settings.key_prefix)
+
+    async def list_models(self, *, now: float) -> list[ServedModel]:
+        with store_errors():
+            stored: Any = await self._client.hgetall(self._keys.models)
+            cards = [ModelCard.model_validate_json(text) for text in stored.values()]
+            pipeline = self._client.pipeline(transaction=False)
+            for card in cards:
+                pipeline.zcount(self._keys.beats(card.name), now - ALIVE_SECONDS, "+inf")
+            counts: list[Any] = await pipeline.execute()
+        return [ServedModel(card, int(count)) for card, count in zip(cards, counts, strict=True)]
+
+    async def tokenizer_json(self, digest: str) -> str | None:
+        with store_errors():
+            text: Any = await self._client.get(self._keys.tokenizer(digest))
+        return text if text is None else str(text)
+
+
+class RedisModelAnnouncer:
+    """`jobs.registry.ModelAnnouncer` over a blocking client."""
+
+    def __init__(self, client: redis.Redis, settings: JobsSettings) -> None:
+        self._client = client
+        self._keys = Keys(settings.key_prefix)
+
+    def announce(self, card: ModelCard, tokenizer_json: str) -> None:
+        with store_errors():
+            pipeline = self._client.pipeline(transaction=True)
+            pipeline.set(self._keys.tokenizer(card.tokenizer_digest), tokenizer_json)
+            pipeline.hset(self._keys.models, card.name, card.model_dump_json())
+            pipeline.execute()
+
+    def beat(self, model: str, worker: WorkerId, *, now: float) -> None:
+        with store_errors():
+            pipeline = self._client.pipeline(transaction=False)
+            pipeline.zadd(self._keys.beats(model), {worker: now})
+            pipeline.zremrangebyscore(self._keys.beats(model), "-inf", now - 60 * ALIVE_SECONDS)
+            pipeline.execute()
+
+    def leave(self, model: str, worker: WorkerId) -> None:
+        with store_errors():
+            self._client.zrem(self._keys.beats(model), worker)

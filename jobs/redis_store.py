@@ -1,0 +1,211 @@
+"""The job store in Redis. All decisions are in `jobs/lua/`; here are their callers, async and blocking."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import redis
+import redis.asyncio
+
+from jobs import scripts
+from jobs.errors import IdempotencyMismatch, QueueFull
+from jobs.keys import Keys
+from jobs.model import Failure, Job, JobId, LeaseToken, NewJob, ReplicaId, WorkerId
+from jobs.record import JOB_FIELDS, new_record, settlement_fields, to_claim, to_job, worker_lost_failure
+from jobs.redis_connection import connect, connect_async, store_errors
+from jobs.settings import JobsSettings
+from jobs.states import JobState
+from jobs.store import (
+    CancelOutcome,
+    Claim,
+    ClaimOutcome,
+    Created,
+    RenewOutcome,
+    Reply,
+    Settlement,
+    SettleOutcome,
+)
+
+REPLIES_PER_READ = 500
+
+
+class RedisSubmissionStore:
+    """`jobs.store.SubmissionStore` over one asyncio client."""
+
+    def __init__(self, client: redis.asyncio.Redis, settings: JobsSettings) -> None:
+        self._client = client
+        self._keys = Keys(settings.key_prefix)
+        self._ttl = settings.result_ttl_seconds
+        self._create = client.register_script(scripts.source("create"))
+        self._discard = client.register_script(scripts.source("discard"))
+        self._cancel = client.register_script(scripts.source("cancel"))
+        self._watch = client.register_script(scripts.source("watch"))
+
+    @classmethod
+    def from_settings(cls, settings: JobsSettings) -> RedisSubmissionStore:
+        return cls(connect_async(settings), settings)
+
+    async def create(self, job: NewJob, *, max_open: int) -> Created:
+        keys, job_key = self._keys, self._keys.job(job.id)
+        idempotency = keys.idempotency(job.idempotency_key) if job.idempotency_key else job_key
+        fields: list[Any] = [part for pair in new_record(job).items() for part in pair]
+        head: list[Any] = [
+            keys.prefix,
+            job.id,
+            repr(job.created_at),
+            max_open,
+            job.queue,
+            job.fingerprint or "",
+            self._ttl,
+        ]
+        with store_errors():
+            reply = await self._create(
+                keys=[job_key, keys.open(job.queue), idempotency], args=[*head, *fields]
+            )
+        return _created(job, reply, max_open)
+
+    async def discard(self, id: JobId) -> bool:
+        with store_errors():
+            return bool(await self._discard(keys=[self._keys.job(id)], args=[self._keys.prefix, id]))
+
+    async def get(self, id: JobId, *, with_result: bool = False) -> Job | None:
+        names = [*JOB_FIELDS, "result"] if with_result else [*JOB_FIELDS]
+        with store_errors():
+            values: Any = await self._client.hmget(self._keys.job(id), names)
+        record = dict(zip(names, values, strict=True))
+        return to_job(record) if record["id"] else None
+
+    async def cancel(self, id: JobId, *, now: float) -> CancelOutcome:
+        with store_errors():
+            reply = await self._cancel(
+                keys=[self._keys.job(id)], args=[self._keys.prefix, id, repr(now), self._ttl]
+            )
+        return CancelOutcome(reply)
+
+    async def watch(self, id: JobId, replica: ReplicaId) -> JobState | None:
+        with store_errors():
+            state = await self._watch(keys=[self._keys.job(id)], args=[replica])
+        return JobState(state) if state else None
+
+    async def read_replies(self, replica: ReplicaId, after: str, *, block_seconds: float) -> list[Reply]:
+        stream = self._keys.replies(replica)
+        with store_errors():
+            reply = await self._client.xread(
+                {stream: after}, count=REPLIES_PER_READ, block=max(1, int(block_seconds * 1000))
+            )
+        return [
+            Reply(position=position, id=JobId(entry["id"]), state=JobState(entry["state"]))
+            for position, entry in _entries(reply)
+        ]
+
+    async def forget_replica(self, replica: ReplicaId) -> None:
+        with store_errors():
+            await self._client.delete(self._keys.replies(replica))
+
+    async def count_open(self, queue: str) -> int:
+        with store_errors():
+            return int(await self._client.zcard(self._keys.open(queue)))
+
+    async def ping(self) -> None:
+        with store_errors():
+            await self._client.ping()
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
+class RedisAttemptStore:
+    """`jobs.store.AttemptStore` over one blocking client, shared by a worker's threads."""
+
+    def __init__(self, client: redis.Redis, settings: JobsSettings) -> None:
+        self._client = client
+        self._keys = Keys(settings.key_prefix)
+        self._ttl = settings.result_ttl_seconds
+        self._claim = client.register_script(scripts.source("claim"))
+        self._renew = client.register_script(scripts.source("renew"))
+        self._settle = client.register_script(scripts.source("settle"))
+        self._release = client.register_script(scripts.source("release"))
+
+    @classmethod
+    def from_settings(cls, settings: JobsSettings) -> RedisAttemptStore:
+        return cls(connect(settings), settings)
+
+    def claim(
+        self, id: JobId, token: LeaseToken, worker: WorkerId, *, now: float, lease_seconds: float
+    ) -> Claim:
+        args: list[Any] = [
+            self._keys.prefix,
+            id,
+            token,
+            worker,
+            repr(now),
+            repr(now + lease_seconds),
+            self._ttl,
+        ]
+        with store_errors():
+            reply = self._claim(
+                keys=[self._keys.job(id)], args=[*args, worker_lost_failure().model_dump_json()]
+            )
+        outcome = ClaimOutcome(reply[0])
+        return to_claim(*reply[1:]) if outcome is ClaimOutcome.CLAIMED else Claim(outcome)
+
+    def renew(
+        self, held: dict[JobId, LeaseToken], *, now: float, lease_seconds: float
+    ) -> dict[JobId, RenewOutcome]:
+        if not held:
+            return {}
+        with store_errors():
+            pipeline = self._client.pipeline(transaction=False)
+            for id, token in held.items():
+                self._renew(
+                    keys=[self._keys.job(id)], args=[token, repr(now + lease_seconds)], client=pipeline
+                )
+            replies = pipeline.execute()
+        return {id: RenewOutcome(reply) for id, reply in zip(held, replies, strict=True)}
+
+    def settle(self, id: JobId, token: LeaseToken, settlement: Settlement, *, now: float) -> SettleOutcome:
+        fields: list[Any] = [part for pair in settlement_fields(settlement).items() for part in pair]
+        head: list[Any] = [self._keys.prefix, id, token, repr(now), settlement.state.value, self._ttl]
+        with store_errors():
+            reply = self._settle(keys=[self._keys.job(id)], args=[*head, *fields])
+        return SettleOutcome(reply)
+
+    def release(
+        self, id: JobId, token: LeaseToken, *, now: float, failure: Failure | None = None
+    ) -> SettleOutcome:
+        last = failure.model_dump_json() if failure else ""
+        with store_errors():
+            reply = self._release(
+                keys=[self._keys.job(id)], args=[self._keys.prefix, id, token, repr(now), self._ttl, last]
+            )
+        return SettleOutcome(reply)
+
+    def read_cancels(self, worker: WorkerId, after: str, *, block_seconds: float) -> list[tuple[str, JobId]]:
+        with store_errors():
+            reply = self._client.xread(
+                {self._keys.cancels(worker): after}, block=max(1, int(block_seconds * 1000))
+            )
+        return [(position, JobId(entry["id"])) for position, entry in _entries(reply)]
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def _created(job: NewJob, reply: list[Any], max_open: int) -> Created:
+    match reply[0]:
+        case "created":
+            return Created(job.id, replayed=False)
+        case "replayed":
+            return Created(JobId(reply[1]), replayed=True)
+        case "mismatch":
+            raise IdempotencyMismatch(f"the idempotency key was used for job {reply[1]} with another body")
+        case _:
+            raise QueueFull(job.queue, int(reply[1]), max_open)
+
+
+def _entries(reply: Any) -> list[tuple[str, dict[str, str]]]:
+    """The entries of the one stream that was read; redis-py answers a list (RESP2) or a dict (RESP3)."""
+    if not reply:
+        return []
+    entries = next(iter(reply.values()))[0] if isinstance(reply, dict) else reply[0][1]
+    return list(entries)

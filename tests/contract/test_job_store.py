@@ -1,0 +1,354 @@
+"""What both stores promise. Every test runs over memory and over a real Valkey."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from jobs.errors import IdempotencyMismatch, QueueFull
+from jobs.model import Failure, JobId, LeaseToken, ReplicaId, WorkerId, new_lease_token
+from jobs.states import JobState
+from jobs.store import CancelOutcome, ClaimOutcome, RenewOutcome, Settlement, SettleOutcome
+from tests.support.job_factory import NOW, completed, failed, job_result, new_job
+
+if TYPE_CHECKING:
+    from tests.contract.conftest import Stores
+
+WORKER = WorkerId("worker-1")
+OTHER_WORKER = WorkerId("worker-2")
+REPLICA = ReplicaId("replica-1")
+LEASE = 9.0
+
+
+async def submit(stores: Stores, **overrides: object) -> JobId:
+    job = new_job(**overrides)
+    await stores.api.create(job, max_open=1000)
+    return job.id
+
+
+def claim(stores: Stores, id: JobId, *, now: float = NOW + 1, worker: WorkerId = WORKER) -> LeaseToken:
+    token = new_lease_token()
+    outcome = stores.worker.claim(id, token, worker, now=now, lease_seconds=LEASE).outcome
+    assert outcome is ClaimOutcome.CLAIMED
+    return token
+
+
+async def state_of(stores: Stores, id: JobId) -> JobState:
+    job = await stores.api.get(id)
+    assert job is not None
+    return job.state
+
+
+async def test_created_job_reads_back_as_queued(stores: Stores) -> None:
+    job = new_job(metadata={"run": "7"}, expires_at=NOW + 60)
+
+    created = await stores.api.create(job, max_open=10)
+    stored = await stores.api.get(job.id)
+
+    assert not created.replayed
+    assert stored is not None
+    assert (stored.state, stored.attempts, stored.num_prompts) == (JobState.QUEUED, 0, 1)
+    assert stored.metadata == {"run": "7"}
+    assert stored.expires_at == NOW + 60
+    assert stored.trace_id == "0af7651916cd43dd8448eb211c80319c"
+
+
+async def test_unknown_job_reads_as_none(stores: Stores) -> None:
+    assert await stores.api.get(JobId("job_unknown")) is None
+    assert await stores.api.cancel(JobId("job_unknown"), now=NOW) is CancelOutcome.MISSING
+    assert await stores.api.watch(JobId("job_unknown"), REPLICA) is None
+
+
+async def test_create_is_refused_when_the_queue_is_full(stores: Stores) -> None:
+    await stores.api.create(new_job(), max_open=1)
+    refused = new_job()
+
+    with pytest.raises(QueueFull, match="holds 1 open jobs, its limit is 1"):
+        await stores.api.create(refused, max_open=1)
+
+    assert await stores.api.get(refused.id) is None
+
+
+async def test_settling_makes_room_in_a_full_queue(stores: Stores) -> None:
+    id = await submit(stores)
+    stores.worker.settle(id, claim(stores, id), completed(), now=NOW + 2)
+
+    await stores.api.create(new_job(), max_open=1)
+
+    assert await stores.api.count_open(new_job().queue) == 1
+
+
+async def test_same_idempotency_key_and_body_gives_the_first_job_again(stores: Stores) -> None:
+    first = new_job(idempotency_key="k", fingerprint="f")
+    second = new_job(idempotency_key="k", fingerprint="f")
+    await stores.api.create(first, max_open=10)
+
+    created = await stores.api.create(second, max_open=10)
+
+    assert created.replayed
+    assert created.id == first.id
+    assert await stores.api.get(second.id) is None
+
+
+async def test_same_idempotency_key_with_another_body_is_refused(stores: Stores) -> None:
+    await stores.api.create(new_job(idempotency_key="k", fingerprint="f"), max_open=10)
+
+    with pytest.raises(IdempotencyMismatch):
+        await stores.api.create(new_job(idempotency_key="k", fingerprint="g"), max_open=10)
+
+
+async def test_discard_removes_an_unpublished_job_and_frees_its_key(stores: Stores) -> None:
+    job = new_job(idempotency_key="k", fingerprint="f")
+    await stores.api.create(job, max_open=1)
+
+    assert await stores.api.discard(job.id)
+
+    assert await stores.api.get(job.id) is None
+    retried = new_job(idempotency_key="k", fingerprint="f")
+    assert (await stores.api.create(retried, max_open=1)).id == retried.id
+
+
+async def test_discard_keeps_a_job_that_a_worker_has_seen(stores: Stores) -> None:
+    id = await submit(stores)
+    claim(stores, id)
+
+    assert not await stores.api.discard(id)
+    assert await state_of(stores, id) is JobState.IN_PROGRESS
+
+
+async def test_claim_hands_out_the_request_and_counts_the_attempt(stores: Stores) -> None:
+    job = new_job()
+    await stores.api.create(job, max_open=10)
+
+    taken = stores.worker.claim(job.id, LeaseToken("t"), WORKER, now=NOW + 1, lease_seconds=LEASE)
+
+    assert taken.outcome is ClaimOutcome.CLAIMED
+    assert taken.request == job.request
+    assert (taken.attempt, taken.queued_at, taken.traceparent) == (1, NOW, job.traceparent)
+    stored = await stores.api.get(job.id)
+    assert stored is not None
+    assert (stored.state, stored.in_progress_at) == (JobState.IN_PROGRESS, NOW + 1)
+
+
+async def test_claim_repeated_with_the_same_token_counts_once(stores: Stores) -> None:
+    id = await submit(stores)
+    token = claim(stores, id)
+
+    again = stores.worker.claim(id, token, WORKER, now=NOW + 2, lease_seconds=LEASE)
+
+    assert (again.outcome, again.attempt) == (ClaimOutcome.CLAIMED, 1)
+
+
+async def test_claim_is_refused_while_another_lease_is_good(stores: Stores) -> None:
+    id = await submit(stores)
+    claim(stores, id, now=NOW)
+
+    second = stores.worker.claim(
+        id, new_lease_token(), OTHER_WORKER, now=NOW + LEASE - 0.1, lease_seconds=LEASE
+    )
+
+    assert second.outcome is ClaimOutcome.HELD
+
+
+async def test_claim_after_the_lease_ran_out_fences_off_the_first_worker(stores: Stores) -> None:
+    id = await submit(stores)
+    late = claim(stores, id, now=NOW)
+    claim(stores, id, now=NOW + LEASE + 1, worker=OTHER_WORKER)
+
+    assert stores.worker.settle(id, late, completed("late"), now=NOW + 20) is SettleOutcome.LOST
+    assert stores.worker.release(id, late, now=NOW + 20) is SettleOutcome.LOST
+    assert stores.worker.renew({id: late}, now=NOW + 20, lease_seconds=LEASE) == {id: RenewOutcome.LOST}
+    assert await state_of(stores, id) is JobState.IN_PROGRESS
+
+
+async def test_renewed_lease_outlives_its_first_term(stores: Stores) -> None:
+    id = await submit(stores)
+    token = claim(stores, id, now=NOW)
+
+    renewed = stores.worker.renew({id: token}, now=NOW + 8, lease_seconds=LEASE)
+    other = stores.worker.claim(id, new_lease_token(), OTHER_WORKER, now=NOW + 10, lease_seconds=LEASE)
+
+    assert renewed == {id: RenewOutcome.RENEWED}
+    assert other.outcome is ClaimOutcome.HELD
+
+
+async def test_settled_job_keeps_its_result_usage_and_timings(stores: Stores) -> None:
+    id = await submit(stores)
+    token = claim(stores, id)
+
+    outcome = stores.worker.settle(id, token, completed(), now=NOW + 3)
+
+    assert outcome is SettleOutcome.SETTLED
+    job = await stores.api.get(id, with_result=True)
+    assert job is not None
+    assert (job.state, job.finished_at) == (JobState.COMPLETED, NOW + 3)
+    assert job.result == job_result()
+    assert job.usage == job_result().usage
+    assert job.timings == completed().timings
+    assert job.result_expires_at == NOW + 3 + 3600
+    assert (await stores.api.get(id)).result is None  # type: ignore[union-attr]
+    assert await stores.api.count_open(job.queue) == 0
+
+
+async def test_settling_twice_keeps_the_first_result(stores: Stores) -> None:
+    id = await submit(stores)
+    token = claim(stores, id)
+    stores.worker.settle(id, token, completed("first"), now=NOW + 2)
+
+    outcome = stores.worker.settle(id, token, completed("second"), now=NOW + 3)
+
+    assert outcome is SettleOutcome.DUPLICATE
+    job = await stores.api.get(id, with_result=True)
+    assert job is not None
+    assert job.result == job_result("first")
+
+
+async def test_failed_job_keeps_its_failure(stores: Stores) -> None:
+    id = await submit(stores)
+    stores.worker.settle(id, claim(stores, id), failed("engine_error"), now=NOW + 2)
+
+    job = await stores.api.get(id)
+
+    assert job is not None
+    assert job.failure is not None
+    assert (job.state, job.failure.reason) == (JobState.FAILED, "engine_error")
+
+
+async def test_released_job_is_queued_and_the_attempt_not_counted(stores: Stores) -> None:
+    id = await submit(stores)
+
+    assert stores.worker.release(id, claim(stores, id), now=NOW + 2) is SettleOutcome.SETTLED
+
+    job = await stores.api.get(id)
+    assert job is not None
+    assert (job.state, job.attempts) == (JobState.QUEUED, 0)
+    claim(stores, id, now=NOW + 2)
+
+
+async def test_job_fails_with_its_last_failure_when_its_attempts_are_used_up(stores: Stores) -> None:
+    id = await submit(stores, max_attempts=2)
+    crash = Failure(reason="engine_crashed", message="the engine process ended", retryable=True)
+    for attempt in range(2):
+        stores.worker.release(id, claim(stores, id, now=NOW + attempt), now=NOW + attempt, failure=crash)
+
+    last = stores.worker.claim(id, new_lease_token(), WORKER, now=NOW + 5, lease_seconds=LEASE)
+
+    assert last.outcome is ClaimOutcome.EXHAUSTED
+    job = await stores.api.get(id)
+    assert job is not None
+    assert (job.state, job.failure) == (JobState.FAILED, crash)
+
+
+async def test_job_whose_workers_vanish_fails_as_worker_lost(stores: Stores) -> None:
+    id = await submit(stores, max_attempts=2)
+    claim(stores, id, now=NOW)
+    claim(stores, id, now=NOW + 20)
+
+    last = stores.worker.claim(id, new_lease_token(), WORKER, now=NOW + 40, lease_seconds=LEASE)
+
+    assert last.outcome is ClaimOutcome.EXHAUSTED
+    job = await stores.api.get(id)
+    assert job is not None
+    assert job.failure is not None
+    assert job.failure.reason == "worker_lost"
+
+
+async def test_cancel_of_a_queued_job_is_final_at_once(stores: Stores) -> None:
+    id = await submit(stores)
+
+    assert await stores.api.cancel(id, now=NOW + 1) is CancelOutcome.CANCELLED
+
+    assert await state_of(stores, id) is JobState.CANCELLED
+    taken = stores.worker.claim(id, new_lease_token(), WORKER, now=NOW + 2, lease_seconds=LEASE)
+    assert taken.outcome is ClaimOutcome.FINAL
+
+
+async def test_cancel_of_a_running_job_reaches_its_worker_and_wins_over_the_result(stores: Stores) -> None:
+    id = await submit(stores)
+    token = claim(stores, id)
+
+    assert await stores.api.cancel(id, now=NOW + 2) is CancelOutcome.CANCELLING
+
+    told = stores.worker.read_cancels(WORKER, "0", block_seconds=0.01)
+    assert [job for _, job in told] == [id]
+    assert stores.worker.read_cancels(WORKER, told[-1][0], block_seconds=0.01) == []
+    assert stores.worker.renew({id: token}, now=NOW + 3, lease_seconds=LEASE) == {id: RenewOutcome.CANCELLING}
+    assert stores.worker.settle(id, token, completed(), now=NOW + 4) is SettleOutcome.CANCELLED
+    assert await state_of(stores, id) is JobState.CANCELLED
+    assert await stores.api.cancel(id, now=NOW + 5) is CancelOutcome.FINAL
+
+
+async def test_job_being_cancelled_ends_when_its_worker_dies(stores: Stores) -> None:
+    id = await submit(stores)
+    claim(stores, id, now=NOW)
+    await stores.api.cancel(id, now=NOW + 1)
+
+    taken = stores.worker.claim(id, new_lease_token(), OTHER_WORKER, now=NOW + 20, lease_seconds=LEASE)
+
+    assert taken.outcome is ClaimOutcome.CANCELLED
+    assert await state_of(stores, id) is JobState.CANCELLED
+
+
+async def test_claim_past_the_deadline_expires_the_job(stores: Stores) -> None:
+    id = await submit(stores, expires_at=NOW + 5)
+
+    taken = stores.worker.claim(id, new_lease_token(), WORKER, now=NOW + 5, lease_seconds=LEASE)
+
+    assert taken.outcome is ClaimOutcome.EXPIRED
+    assert await state_of(stores, id) is JobState.EXPIRED
+
+
+async def test_watcher_hears_every_move_in_order(stores: Stores) -> None:
+    id = await submit(stores)
+    assert await stores.api.watch(id, REPLICA) is JobState.QUEUED
+    token = claim(stores, id)
+    stores.worker.release(id, token, now=NOW + 2)
+    stores.worker.settle(id, claim(stores, id, now=NOW + 3), completed(), now=NOW + 4)
+
+    replies = await stores.api.read_replies(REPLICA, "0", block_seconds=1)
+
+    assert {reply.id for reply in replies} == {id}
+    assert [reply.state for reply in replies] == [
+        JobState.IN_PROGRESS,
+        JobState.QUEUED,
+        JobState.IN_PROGRESS,
+        JobState.COMPLETED,
+    ]
+    assert await stores.api.read_replies(REPLICA, replies[-1].position, block_seconds=0.01) == []
+
+
+async def test_replica_named_at_creation_is_a_watcher(stores: Stores) -> None:
+    id = await submit(stores, watcher=REPLICA)
+    await stores.api.cancel(id, now=NOW)
+
+    replies = await stores.api.read_replies(REPLICA, "0", block_seconds=1)
+
+    assert [(reply.id, reply.state) for reply in replies] == [(id, JobState.CANCELLED)]
+
+
+async def test_read_replies_returns_when_a_move_comes_while_it_waits(stores: Stores) -> None:
+    id = await submit(stores, watcher=REPLICA)
+    reading = asyncio.create_task(stores.api.read_replies(REPLICA, "0", block_seconds=10))
+    await asyncio.sleep(0)
+
+    await stores.api.cancel(id, now=NOW)
+
+    assert [reply.state for reply in await asyncio.wait_for(reading, 5)] == [JobState.CANCELLED]
+
+
+async def test_watch_of_a_final_job_says_so(stores: Stores) -> None:
+    id = await submit(stores)
+    await stores.api.cancel(id, now=NOW)
+
+    assert await stores.api.watch(id, REPLICA) is JobState.CANCELLED
+
+
+async def test_expiry_can_be_settled_by_the_worker(stores: Stores) -> None:
+    id = await submit(stores)
+
+    outcome = stores.worker.settle(id, claim(stores, id), Settlement(JobState.EXPIRED), now=NOW + 9)
+
+    assert outcome is SettleOutcome.SETTLED
+    assert await state_of(stores, id) is JobState.EXPIRED
