@@ -20,9 +20,10 @@ _W3C = TraceContextTextMapPropagator()
 def instrument_api(app: FastAPI) -> None:
     """Every request of `app` has exactly one SERVER span and no send or receive children; `/health` has none.
 
-    Call it after `configure` and before the first request. The app must have been built with FastAPI's own telemetry
-    off: `FastAPI(telemetry={"tracing": False, "metrics": False, "logs": False})`. Under
-    `opentelemetry-instrument` the app comes with spans already; they are taken off and put on again our way.
+    Call it after `configure` and before the first request. The app must have been built with FastAPI's own
+    telemetry off: `FastAPI(telemetry={"tracing": False, "metrics": False, "logs": False})`. Under
+    `opentelemetry-instrument` the app comes with spans already; they are taken off and put on again our
+    way.
     """
     prefer_stable_http_attributes()
     _reread_attribute_choice()
@@ -34,7 +35,7 @@ def instrument_api(app: FastAPI) -> None:
 
 
 def current_trace_id() -> str:
-    """32 hex digits; all zero outside a span, which in a request means OTEL_SDK_DISABLED or an excluded URL."""
+    """32 hex digits; all zero where no span is current (OTEL_SDK_DISABLED, an excluded URL)."""
     return format_trace_id(trace.get_current_span().get_span_context().trace_id)
 
 
@@ -53,7 +54,7 @@ def _excluded_urls() -> str:
 
 
 def _reread_attribute_choice() -> None:
-    """OTEL_SEMCONV_STABILITY_OPT_IN counts although another instrumentation made the package read it too early.
+    """OTEL_SEMCONV_STABILITY_OPT_IN counts although the package was made to read it too early.
 
     `opentelemetry-instrument` does that before any line of ours runs, and the package reads it once for all.
     There is no public way to have it read again; where the private one is gone, spans keep older HTTP keys.

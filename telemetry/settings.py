@@ -217,7 +217,7 @@ def _http_url(endpoint: _Setting, scheme: str, parts: SplitResult, warnings: lis
         )
     if parts.port == _GRPC_PORT:
         warnings.append(
-            f"{endpoint.variable} names port {_GRPC_PORT}, usual for gRPC, but the protocol is http/protobuf: "
+            f"{endpoint.variable} names port {_GRPC_PORT}, usual for gRPC, but protocol is http/protobuf: "
             f"spans are lost unless HTTP does listen there (its usual port is {_HTTP_PORT})"
         )
     path = parts.path.rstrip("/")
