@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+import cuda_ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,3 +33,67 @@ class AttentionMetadata:
     max_query_len: int
     max_context_len: int
     num_decode_sequences: int
+
+
+@dataclass(frozen=True, slots=True)
+class PagedAttention:
+    """One layer's attention: stores the step's keys and values, then lets its tokens look back.
+
+    Attributes:
+        scale: multiplies the scores before the softmax.
+        sliding_window: tokens a token sees, itself included; None is all of them.
+    """
+
+    scale: float
+    sliding_window: int | None = None
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: tuple[Tensor, Tensor],
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """Attend over the pages, the step's own tokens included.
+
+        Args:
+            query: `[num_tokens, num_heads, head_dim]`, any strides.
+            key: `[num_tokens, num_kv_heads, head_dim]`, any strides.
+            value: like `key`.
+            kv_cache: keys and values, each `[num_blocks, num_kv_heads, block_size, head_dim]`, mutated in the
+                slots of this step's tokens.
+            metadata: where the tokens lie.
+
+        Returns:
+            `[num_tokens, num_heads * head_dim]`, contiguous.
+        """
+        key_cache, value_cache = kv_cache
+        cuda_ops.write_kv(key, value, key_cache, value_cache, metadata.slot_mapping)
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        num_decodes = metadata.num_decode_sequences
+        if num_decodes:
+            cuda_ops.paged_attention_decode(
+                out[:num_decodes],
+                query[:num_decodes],
+                key_cache,
+                value_cache,
+                metadata.block_tables[:num_decodes],
+                metadata.context_lens[:num_decodes],
+                max_context_len=metadata.max_context_len,
+                scale=self.scale,
+                sliding_window=self.sliding_window,
+            )
+        if num_decodes < metadata.context_lens.shape[0]:
+            cuda_ops.paged_attention_prefill(
+                out,
+                query,
+                key_cache,
+                value_cache,
+                metadata.query_start[num_decodes:],
+                metadata.context_lens[num_decodes:],
+                metadata.block_tables[num_decodes:],
+                scale=self.scale,
+                sliding_window=self.sliding_window,
+            )
+        return out.flatten(1)

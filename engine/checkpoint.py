@@ -1,0 +1,221 @@
+"""A model folder's tensors, taken one by one under their names.
+
+    model.safetensors                    ┐
+    model.safetensors.index.json + parts │  the first that exists
+    pytorch_model.bin.index.json + parts │
+    pytorch_model.bin                    ┘
+
+Every tensor is copied out of its file into memory of our own, in the wanted dtype: a folder replaced under a
+running worker can then not tear its weights, and no file stays mapped, so at no time is more than one tensor
+held twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Final, Protocol
+from zipfile import is_zipfile
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engine.errors import ModelLoadError
+from engine.model_config import ConfigFields
+
+_FLOAT_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class TensorFile(Protocol):
+    @property
+    def path(self) -> Path: ...
+
+    def names(self) -> tuple[str, ...]: ...
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor that may share memory with the file."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsFile:
+    path: Path
+
+    def names(self) -> tuple[str, ...]:
+        with _open_safetensors(self.path) as file:
+            return tuple(file.keys())  # type: ignore[no-untyped-call]  # the library has no types
+
+    def read(self, name: str) -> Tensor:
+        # Opened anew for each tensor: an open file keeps all of its pages mapped and counted as ours.
+        with _open_safetensors(self.path) as file:
+            tensor: Tensor = file.get_tensor(name)  # type: ignore[no-untyped-call]  # as above
+            return tensor
+
+
+class TorchFile:
+    """A `torch.save` file; only tensors are unpickled, never code."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._tensors = _load_pickled(path)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    file: TensorFile
+    full_name: str
+
+
+class Checkpoint:
+    """The tensors of one model, cast to one dtype and moved to one device as they are taken.
+
+    Every tensor is taken at most once; `finish` tells which were never asked for.
+    """
+
+    def __init__(
+        self, entries: Mapping[str, _Entry], source: str, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._entries = dict(entries)
+        self._source = source
+        self.dtype = dtype
+        self.device = device
+
+    @classmethod
+    def open(cls, folder: Path, *, name_prefix: str, dtype: torch.dtype, device: torch.device) -> Checkpoint:
+        """Find the folder's tensors.
+
+        Args:
+            folder: a model folder.
+            name_prefix: cut off the names that have it; checkpoints of a bare decoder lack it.
+            dtype: of every tensor taken.
+            device: of every tensor taken.
+
+        Raises:
+            ModelLoadError: no checkpoint, a part is missing, or a file is broken.
+        """
+        entries = {
+            name.removeprefix(name_prefix): _Entry(file, name)
+            for file in _find_files(folder)
+            for name in file.names()
+        }
+        return cls(entries, str(folder), dtype=dtype, device=device)
+
+    def has(self, name: str) -> bool:
+        return name in self._entries
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """Return a tensor of exactly this shape.
+
+        Raises:
+            ModelLoadError: it is missing, has another shape or is no floating-point tensor.
+        """
+        target = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self._read_into(target, name)
+        return target
+
+    def take_rows(self, parts: Sequence[tuple[str, int]], *columns: int) -> Tensor:
+        """Stack `[rows, *columns]` tensors into one, as if they had been one tensor in the file.
+
+        Args:
+            parts: name and number of rows of each.
+            columns: one number for weights, none for biases.
+
+        Raises:
+            ModelLoadError: as `take`.
+        """
+        sizes = [rows for _, rows in parts]
+        target = torch.empty((sum(sizes), *columns), dtype=self.dtype, device=self.device)
+        for (name, _), rows in zip(parts, torch.split(target, sizes), strict=True):
+            self._read_into(rows, name)
+        return target
+
+    def finish(self, *, ignored_endings: tuple[str, ...]) -> None:
+        """Check that nothing was left behind.
+
+        Args:
+            ignored_endings: names ending so hold nothing that the model computes with.
+
+        Raises:
+            ModelLoadError: a tensor that the model has no place for.
+        """
+        extra = sorted(name for name in self._entries if not name.endswith(ignored_endings))
+        if extra:
+            raise ModelLoadError(
+                str(self._entries[extra[0]].file.path),
+                f"holds {len(extra)} tensor(s) that the model has no place for, the first is {extra[0]}",
+            )
+
+    def _read_into(self, target: Tensor, name: str) -> None:
+        entry = self._entries.pop(name, None)
+        if entry is None:
+            raise ModelLoadError(self._source, f"tensor {name} is missing")
+        source = entry.file.read(entry.full_name)
+        where = str(entry.file.path)
+        if source.shape != target.shape:
+            raise ModelLoadError(
+                where,
+                f"tensor {name} has shape {list(source.shape)}, the config asks for {list(target.shape)}",
+            )
+        if source.dtype not in _FLOAT_DTYPES:
+            raise ModelLoadError(where, f"tensor {name} is {source.dtype}, which is not supported")
+        target.copy_(source)
+
+
+def _find_files(folder: Path) -> list[TensorFile]:
+    if (path := folder / "model.safetensors").is_file():
+        return [SafetensorsFile(path)]
+    if (path := folder / "model.safetensors.index.json").is_file():
+        return [SafetensorsFile(part) for part in _parts_of(path)]
+    if (path := folder / "pytorch_model.bin.index.json").is_file():
+        return [TorchFile(part) for part in _parts_of(path)]
+    if (path := folder / "pytorch_model.bin").is_file():
+        return [TorchFile(path)]
+    raise ModelLoadError(
+        str(folder), "holds no weights: neither model.safetensors, pytorch_model.bin nor an index of parts"
+    )
+
+
+def _parts_of(index: Path) -> list[Path]:
+    part_of = ConfigFields.from_file(index).nested("weight_map").raw
+    parts = [index.parent / str(part) for part in sorted(set(part_of.values()), key=str)]
+    if not parts:
+        raise ModelLoadError(str(index), "weight_map names no files")
+    for part in parts:
+        if not part.is_file():
+            raise ModelLoadError(str(part), f"the file is missing, {index.name} names it")
+    return parts
+
+
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ModelLoadError(str(path), f"is not a whole safetensors file: {error}") from error
+
+
+def _load_pickled(path: Path) -> Mapping[str, Tensor]:
+    try:
+        tensors = _load_mapped_or_whole(path)
+    except (RuntimeError, UnpicklingError, OSError, EOFError) as error:
+        problem = str(error).partition("\n")[0]
+        raise ModelLoadError(str(path), f"is not a whole file of tensors: {problem}") from error
+    if not isinstance(tensors, Mapping) or not all(isinstance(item, Tensor) for item in tensors.values()):
+        raise ModelLoadError(str(path), "must hold a mapping from names to tensors")
+    return tensors
+
+
+def _load_mapped_or_whole(path: Path) -> object:
+    # Files from before torch 1.6 are no zip archives, and cannot be mapped.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))

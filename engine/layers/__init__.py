@@ -1,0 +1,3 @@
+"""Pieces that model families share."""
+
+from __future__ import annotations

@@ -1,0 +1,236 @@
+"""The Llama shape: Llama 2 and 3, Mistral, Qwen2, Qwen3.
+
+    RMSNorm → q, k, v → rotary → attention → + → RMSNorm → SwiGLU → +
+
+They differ in what the config says (grouped heads, rotary scaling, windows) and in three habits of the
+families that it does not say, `_FAMILIES` below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import cuda_ops
+from engine.attention import AttentionMetadata, PagedAttention
+from engine.checkpoint import Checkpoint
+from engine.layers.linear import Linear
+from engine.layers.norm import RMSNorm
+from engine.layers.rotary import RotaryAngles
+from engine.model_config import ConfigFields, ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """Attributes:
+    qkv_bias: None means that the config's `attention_bias` decides, for the output projection too.
+    has_head_norm: queries and keys are normalised per head.
+    windows_need_switch: `sliding_window` counts only with `use_sliding_window`.
+    """
+
+    qkv_bias: bool | None = None
+    has_head_norm: bool = False
+    windows_need_switch: bool = False
+
+
+_FAMILIES: Final[Mapping[str, _Family]] = {
+    "LlamaForCausalLM": _Family(),
+    "MistralForCausalLM": _Family(qkv_bias=False),
+    "Qwen2ForCausalLM": _Family(qkv_bias=True, windows_need_switch=True),
+    "Qwen3ForCausalLM": _Family(has_head_norm=True, windows_need_switch=True),
+}
+ARCHITECTURES: Final = tuple(_FAMILIES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlamaConfig(ModelConfig):
+    """Attributes beyond every model's.
+
+    Attributes:
+        ffn_size: width inside the feed-forward block.
+        norm_eps: of every RMSNorm.
+        has_qkv_bias: the q, k and v projections have a bias.
+        has_out_bias: so has the projection after attention.
+        has_ffn_bias: so have the three of the feed-forward block.
+        has_head_norm: queries and keys are normalised per head.
+        sliding_windows: for each layer, the tokens a token sees; None is all.
+    """
+
+    ffn_size: int
+    norm_eps: float
+    has_qkv_bias: bool
+    has_out_bias: bool
+    has_ffn_bias: bool
+    has_head_norm: bool
+    sliding_windows: tuple[int | None, ...]
+
+    @classmethod
+    def from_fields(cls, fields: ConfigFields, architecture: str) -> LlamaConfig:
+        family = _FAMILIES[architecture]
+        activation = fields.text("hidden_act", "silu")
+        if activation != "silu":
+            raise fields.invalid("hidden_act", "only silu is supported")
+        hidden_size = fields.integer("hidden_size")
+        num_heads = fields.integer("num_attention_heads")
+        num_kv_heads = fields.integer("num_key_value_heads", num_heads)
+        if num_heads % num_kv_heads:
+            raise fields.invalid(
+                "num_attention_heads", f"must be a multiple of num_key_value_heads={num_kv_heads}"
+            )
+        attention_bias = fields.boolean("attention_bias", default=False)
+        has_out_bias = attention_bias if family.qkv_bias is None else False
+        return cls(
+            architecture=architecture,
+            vocab_size=fields.integer("vocab_size"),
+            hidden_size=hidden_size,
+            num_layers=fields.integer("num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=fields.integer("head_dim", max(1, hidden_size // num_heads)),
+            max_position_embeddings=fields.integer("max_position_embeddings"),
+            eos_token_ids=fields.token_ids("eos_token_id"),
+            bos_token_id=fields.optional_token_id("bos_token_id"),
+            tie_word_embeddings=fields.boolean("tie_word_embeddings", default=False),
+            ffn_size=fields.integer("intermediate_size"),
+            norm_eps=fields.number("rms_norm_eps", 1e-6),
+            has_qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
+            has_out_bias=has_out_bias,
+            has_ffn_bias=fields.boolean("mlp_bias", default=False),
+            has_head_norm=family.has_head_norm,
+            sliding_windows=_read_windows(fields, family),
+        )
+
+
+def _read_windows(fields: ConfigFields, family: _Family) -> tuple[int | None, ...]:
+    num_layers = fields.integer("num_hidden_layers")
+    is_off = family.windows_need_switch and not fields.boolean("use_sliding_window", default=False)
+    if is_off or not fields.has("sliding_window"):
+        return (None,) * num_layers
+    window = fields.integer("sliding_window")
+    kinds = fields.texts("layer_types")
+    if kinds:
+        if len(kinds) != num_layers or set(kinds) - {"full_attention", "sliding_attention"}:
+            raise fields.invalid(
+                "layer_types", f"must name {num_layers} layers, each full_attention or sliding_attention"
+            )
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    first = fields.count("max_window_layers", 0) if family.windows_need_switch else 0
+    return tuple(window if index >= first else None for index in range(num_layers))
+
+
+class LlamaLayer:
+    def __init__(self, config: LlamaConfig, checkpoint: Checkpoint, index: int) -> None:
+        name = f"layers.{index}"
+        size, head_dim = config.hidden_size, config.head_dim
+        self._heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        self._head_dim = head_dim
+        self._attention = PagedAttention(head_dim**-0.5, config.sliding_windows[index])
+        self._qkv = Linear.load_fused(
+            checkpoint,
+            [
+                (f"{name}.self_attn.{part}_proj", heads * head_dim)
+                for part, heads in zip("qkv", self._heads, strict=True)
+            ],
+            size,
+            has_bias=config.has_qkv_bias,
+        )
+        self._out = Linear.load(
+            checkpoint,
+            f"{name}.self_attn.o_proj",
+            size,
+            config.num_heads * head_dim,
+            has_bias=config.has_out_bias,
+        )
+        self._query_norm: RMSNorm | None = None
+        self._key_norm: RMSNorm | None = None
+        if config.has_head_norm:
+            self._query_norm = RMSNorm.load(checkpoint, f"{name}.self_attn.q_norm", head_dim, config.norm_eps)
+            self._key_norm = RMSNorm.load(checkpoint, f"{name}.self_attn.k_norm", head_dim, config.norm_eps)
+        self._gate_up = Linear.load_fused(
+            checkpoint,
+            [(f"{name}.mlp.{part}_proj", config.ffn_size) for part in ("gate", "up")],
+            size,
+            has_bias=config.has_ffn_bias,
+        )
+        self._down = Linear.load(
+            checkpoint, f"{name}.mlp.down_proj", size, config.ffn_size, has_bias=config.has_ffn_bias
+        )
+        self._attention_norm = RMSNorm.load(checkpoint, f"{name}.input_layernorm", size, config.norm_eps)
+        self._ffn_norm = RMSNorm.load(checkpoint, f"{name}.post_attention_layernorm", size, config.norm_eps)
+
+    def __call__(
+        self,
+        delta: Tensor | None,
+        residual: Tensor,
+        cos_sin: Tensor,
+        kv_cache: tuple[Tensor, Tensor],
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """Advance the residual stream by one layer.
+
+        Args:
+            delta: `[num_tokens, hidden_size]` still to be added to `residual`; None is nothing.
+            residual: `[num_tokens, hidden_size]`, mutated.
+            cos_sin: `[num_tokens, rotary_dim]`.
+            kv_cache: of this layer.
+            metadata: of this step.
+
+        Returns:
+            What is still to be added to `residual`.
+        """
+        norm = self._attention_norm
+        x = norm(residual) if delta is None else norm.after_adding(delta, residual)
+        x = self._ffn_norm.after_adding(self._attend(x, cos_sin, kv_cache, metadata), residual)
+        return self._down(cuda_ops.silu_and_mul(self._gate_up(x)))
+
+    def _attend(
+        self, x: Tensor, cos_sin: Tensor, kv_cache: tuple[Tensor, Tensor], metadata: AttentionMetadata
+    ) -> Tensor:
+        heads = self._qkv(x).view(x.shape[0], -1, self._head_dim)
+        query, key, value = torch.split(heads, self._heads, dim=1)
+        if self._query_norm is not None and self._key_norm is not None:
+            query, key = self._query_norm(query), self._key_norm(key)
+        cuda_ops.rotary_embedding(query, key, cos_sin)
+        return self._out(self._attention(query, key, value, kv_cache, metadata))
+
+
+class Llama:
+    def __init__(self, config: LlamaConfig, angles: RotaryAngles, checkpoint: Checkpoint) -> None:
+        self.config = config
+        self._angles = angles
+        self._tokens = checkpoint.take("embed_tokens.weight", config.vocab_size, config.hidden_size)
+        self._layers = [LlamaLayer(config, checkpoint, index) for index in range(config.num_layers)]
+        self._final_norm = RMSNorm.load(checkpoint, "norm", config.hidden_size, config.norm_eps)
+        self._head = Linear(self._tokens)
+        if not config.tie_word_embeddings:
+            self._head = Linear.load(
+                checkpoint, "lm_head", config.vocab_size, config.hidden_size, has_bias=False
+            )
+        checkpoint.finish(ignored_endings=("lm_head.weight", "rotary_emb.inv_freq"))
+
+    @classmethod
+    def load(cls, fields: ConfigFields, architecture: str, checkpoint: Checkpoint) -> Llama:
+        config = LlamaConfig.from_fields(fields, architecture)
+        return cls(config, RotaryAngles.from_config(fields, config.head_dim, checkpoint.device), checkpoint)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        kv_cache: Sequence[tuple[Tensor, Tensor]],
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        delta: Tensor | None = None
+        residual = F.embedding(input_ids, self._tokens)
+        cos_sin = self._angles(positions)
+        for layer, layer_cache in zip(self._layers, kv_cache, strict=True):
+            delta = layer(delta, residual, cos_sin, layer_cache, metadata)
+        return residual if delta is None else residual.add_(delta)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        return self._head(self._final_norm(hidden)).float()

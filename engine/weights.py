@@ -1,0 +1,93 @@
+"""From a model's name or folder to a model that runs.
+
+name or path ─▶ folder ─▶ config.json ─▶ family ─▶ tensors ─▶ model
+                      └─▶ generation_config.json, tokenizer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint import Checkpoint
+from engine.errors import ModelLoadError
+from engine.hub import find_folder
+from engine.model_config import ConfigFields, ModelConfig
+from engine.models import CausalLM
+from engine.models.registry import find_family
+from engine.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationConfig:
+    """What the folder says of generating.
+
+    Attributes:
+        eos_token_ids: of `generation_config.json`, else of `config.json`, else the tokenizer's; any of them
+            ends a sequence.
+    """
+
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    model: CausalLM
+    config: ModelConfig
+    tokenizer: Tokenizer
+    generation_config: GenerationConfig
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[str], None] | None = None,
+) -> LoadedModel:
+    """Load a model in Hugging Face layout.
+
+    The tokenizer is read before the weights, so that a folder without one fails at once.
+
+    Args:
+        name_or_path: a folder, or a hub name where there is no such folder.
+        dtype: of weights and activations; checkpoints in float16, bfloat16 and float32 are converted.
+        device: where the model will run.
+        progress: told in a few words what happens next.
+
+    Raises:
+        ModelLoadError: one line that names the file and what is wrong with it.
+    """
+    report = progress if progress is not None else _ignore
+    report(f"finding {name_or_path}")
+    folder = find_folder(name_or_path)
+    fields = ConfigFields.from_file(folder / "config.json")
+    architecture, family = find_family(fields)
+    tokenizer = Tokenizer.from_folder(folder)
+    report(f"loading the weights of {architecture}")
+    checkpoint = Checkpoint.open(folder, name_prefix=family.name_prefix, dtype=dtype, device=device)
+    model = family.load(fields, architecture, checkpoint)
+    _check_vocabulary(folder, model.config, tokenizer)
+    eos = _read_eos(folder) or model.config.eos_token_ids or tokenizer.eos_token_ids
+    return LoadedModel(model, model.config, tokenizer, GenerationConfig(eos))
+
+
+def _read_eos(folder: Path) -> tuple[int, ...]:
+    path = folder / "generation_config.json"
+    return ConfigFields.from_file(path).token_ids("eos_token_id") if path.is_file() else ()
+
+
+def _check_vocabulary(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    # A larger model vocabulary is common: it is padded to a round number.
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ModelLoadError(
+            str(folder),
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}",
+        )
+
+
+def _ignore(_: str) -> None:
+    return None
