@@ -38,6 +38,7 @@ from opentelemetry.util.types import AttributeValue
 from telemetry import names
 from telemetry.spans import link_to
 
+_CELERY: Any = Celery  # whose method is exchanged for an observed one
 _CREATION_KEY = context_api.create_key("throughline-creation-context")
 
 
@@ -131,10 +132,10 @@ class _CorrectedInstrumentor(CeleryInstrumentor):
         self._tracer = trace.get_tracer(names.TRACER, tracer_provider=kwargs.get("tracer_provider"))
         self._original_send_task: Callable[..., Any] = Celery.send_task
         # The one method that every publish passes, and the only place that sees one fail.
-        Celery.send_task = _observed(self._original_send_task)  # type: ignore[method-assign]
+        _CELERY.send_task = _observed(self._original_send_task)
 
     def _uninstrument(self, **kwargs: Any) -> None:
-        Celery.send_task = self._original_send_task  # type: ignore[method-assign]
+        _CELERY.send_task = self._original_send_task
         super()._uninstrument(**kwargs)  # type: ignore[no-untyped-call]  # as above
 
     def create_celery_metrics(self, meter: object) -> None:

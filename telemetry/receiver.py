@@ -1,0 +1,259 @@
+"""A small OTLP receiver: gRPC and HTTP on loopback, spans kept in memory up to a number.
+
+It serves the demo, `throughline trace` and the tests, which see through it exactly what any collector would
+be sent. Only traces, only protobuf. Not for the open network: it has no authentication.
+
+    exporter ──gRPC──▶ _TraceService ─┐
+    exporter ──HTTP──▶ _TraceHandler ─┴▶ decode ──▶ _SpanStore ──▶ spans, trace, wait_for
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+
+import grpc  # type: ignore[import-untyped]  # ships no types
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # ships no types
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
+    TraceServiceServicer,
+    add_TraceServiceServicer_to_server,
+)
+
+from telemetry.errors import ReceiverError
+from telemetry.record import SpanRecord, decode
+
+__all__ = ["Receiver", "SpanRecord"]
+
+_MAX_REQUEST_BYTES = 64 * 1024 * 1024  # what the Python HTTP exporter sends at most
+
+
+class Receiver:
+    """Listens from `start` to `stop`; a port given as 0 is chosen and can then be read.
+
+    A `with` block starts and stops it. All methods may be called from any thread.
+    """
+
+    def __init__(
+        self, host: str = "127.0.0.1", grpc_port: int = 0, http_port: int = 0, *, max_spans: int = 100_000
+    ) -> None:
+        self.host = host
+        self.grpc_port = grpc_port
+        self.http_port = http_port
+        self._store = _SpanStore(max_spans)
+        self._grpc_server: grpc.Server | None = None
+        self._http_server: ThreadingHTTPServer | None = None
+
+    @property
+    def grpc_endpoint(self) -> str:
+        return f"grpc://{self.host}:{self.grpc_port}"
+
+    @property
+    def http_endpoint(self) -> str:
+        return f"http://{self.host}:{self.http_port}/v1/traces"
+
+    def start(self) -> None:
+        """Both ports are listened on.
+
+        Raises:
+            ReceiverError: one of them is taken, or the host is not this machine's.
+        """
+        self._grpc_server = self._start_grpc()
+        try:
+            self._http_server = self._start_http()
+        except ReceiverError:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Nothing is listened on; the spans stay readable."""
+        if self._grpc_server is not None:
+            self._grpc_server.stop(grace=0.5).wait()
+            self._grpc_server = None
+        if self._http_server is not None:
+            self._http_server.shutdown()
+            self._http_server.server_close()
+            self._http_server = None
+
+    def __enter__(self) -> Receiver:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def spans(self) -> list[SpanRecord]:
+        """All that are kept, in the order of arrival."""
+        return self._store.spans()
+
+    def trace(self, trace_id: str) -> list[SpanRecord]:
+        return [span for span in self.spans() if span.trace_id == trace_id]
+
+    def trace_ids(self) -> list[str]:
+        """In the order of arrival, each once."""
+        return list(dict.fromkeys(span.trace_id for span in self.spans()))
+
+    def wait_for(self, predicate: Callable[[list[SpanRecord]], bool], timeout_seconds: float = 10.0) -> bool:
+        """Whether `predicate` came true for the spans received, looked at on every arrival."""
+        return self._store.wait_for(predicate, timeout_seconds)
+
+    @property
+    def num_evicted(self) -> int:
+        """Spans forgotten for newer ones, because more than `max_spans` came."""
+        return self._store.num_evicted
+
+    def clear(self) -> None:
+        self._store.clear()
+
+    def _start_grpc(self) -> grpc.Server:
+        server = grpc.server(
+            ThreadPoolExecutor(max_workers=4, thread_name_prefix="otlp-grpc"),
+            # Without the second option two receivers would share a port and halve each other's spans.
+            options=[("grpc.max_receive_message_length", _MAX_REQUEST_BYTES), ("grpc.so_reuseport", 0)],
+        )
+        add_TraceServiceServicer_to_server(_TraceService(self._store), server)  # type: ignore[no-untyped-call]
+        try:
+            self.grpc_port = server.add_insecure_port(f"{self.host}:{self.grpc_port}")
+        except RuntimeError as error:
+            raise ReceiverError(f"cannot listen for gRPC on {self.host}:{self.grpc_port}") from error
+        server.start()
+        return server
+
+    def _start_http(self) -> ThreadingHTTPServer:
+        try:
+            server = _HttpServer((self.host, self.http_port), self._store)
+        except OSError as error:
+            raise ReceiverError(
+                f"cannot listen for HTTP on {self.host}:{self.http_port}: {error.strerror}"
+            ) from error
+        self.http_port = server.server_address[1]
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return server
+
+
+class _SpanStore:
+    """A bounded list of spans that can be waited on."""
+
+    def __init__(self, max_spans: int) -> None:
+        self._spans: deque[SpanRecord] = deque(maxlen=max_spans)
+        self._changed = threading.Condition()
+        self.num_evicted = 0
+
+    def add(self, spans: Iterable[SpanRecord]) -> None:
+        with self._changed:
+            for span in spans:
+                self.num_evicted += len(self._spans) == self._spans.maxlen
+                self._spans.append(span)
+            self._changed.notify_all()
+
+    def spans(self) -> list[SpanRecord]:
+        with self._changed:
+            return list(self._spans)
+
+    def clear(self) -> None:
+        with self._changed:
+            self._spans.clear()
+
+    def wait_for(self, predicate: Callable[[list[SpanRecord]], bool], timeout_seconds: float) -> bool:
+        deadline = time.monotonic() + timeout_seconds
+        with self._changed:
+            while not predicate(list(self._spans)):
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    return False
+                self._changed.wait(remaining)
+            return True
+
+
+class _TraceService(TraceServiceServicer):
+    def __init__(self, store: _SpanStore) -> None:
+        self._store = store
+
+    def Export(  # the name is the protocol's
+        self, request: ExportTraceServiceRequest, context: grpc.ServicerContext
+    ) -> ExportTraceServiceResponse:
+        self._store.add(decode(request))
+        return ExportTraceServiceResponse()
+
+
+class _HttpServer(ThreadingHTTPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, address: tuple[str, int], store: _SpanStore) -> None:
+        self.store = store
+        super().__init__(address, _TraceHandler)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A sender that hangs up is its own business; nothing is printed."""
+
+
+class _BadRequest(Exception):
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _TraceHandler(BaseHTTPRequestHandler):
+    server: _HttpServer
+    protocol_version = "HTTP/1.1"
+    timeout = 30  # of an idle connection, in seconds
+
+    def do_POST(self) -> None:  # the name is the base class's
+        try:
+            body = self._body()
+            if self.path.partition("?")[0] != "/v1/traces":
+                raise _BadRequest(404, "only /v1/traces is served")
+            if self.headers.get_content_type() != "application/x-protobuf":
+                raise _BadRequest(415, "only application/x-protobuf is understood")
+            self.server.store.add(decode(ExportTraceServiceRequest.FromString(body)))
+        except DecodeError:
+            self._answer(400, b"not an ExportTraceServiceRequest", "text/plain")
+        except _BadRequest as refusal:
+            self._answer(refusal.status, str(refusal).encode(), "text/plain")
+        else:
+            self._answer(200, ExportTraceServiceResponse().SerializeToString(), "application/x-protobuf")
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: the receiver speaks through its spans."""
+
+    def _body(self) -> bytes:
+        """The whole body, unpacked; a connection with a body left unread is not used again."""
+        length = self.headers.get("Content-Length", "")
+        if not length.isdigit() or int(length) > _MAX_REQUEST_BYTES:
+            self.close_connection = True
+            raise _BadRequest(413 if length.isdigit() else 411, "the length must be given, and below 64 MiB")
+        return _unpack(self.rfile.read(int(length)), self.headers.get("Content-Encoding", "identity"))
+
+    def _answer(self, status: int, body: bytes, content_type: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def _unpack(body: bytes, encoding: str) -> bytes:
+    if encoding == "identity":
+        return body
+    if encoding not in ("gzip", "deflate"):
+        raise _BadRequest(415, "the encoding must be gzip, deflate or identity")
+    unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)  # 32: gzip and zlib headers are told apart
+    try:
+        unpacked = unpacker.decompress(body, _MAX_REQUEST_BYTES)
+    except zlib.error as error:
+        raise _BadRequest(400, f"the body is no {encoding}") from error
+    if unpacker.unconsumed_tail:
+        raise _BadRequest(413, f"unpacked, at most {_MAX_REQUEST_BYTES} bytes")
+    return unpacked
