@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from celery import Celery
-from kombu import Queue
+from kombu.entity import Queue
 from kombu.exceptions import OperationalError
 
 from jobs.errors import StoreUnavailable
@@ -60,7 +60,7 @@ def transport_options(settings: JobsSettings) -> dict[str, Any]:
 
 
 def declare_queue(name: str) -> Queue:
-    return Queue(name, routing_key=name)
+    return Queue(name, routing_key=name)  # type: ignore[no-untyped-call]  # kombu's
 
 
 class Publisher(Protocol):
@@ -78,12 +78,12 @@ class Publisher(Protocol):
 class CeleryPublisher:
     """Publishes through a declared task, so that the instrumentation's producer span has its real length.
 
-    The app is the process's own; the declared body is never run here.
+    In a worker the app has the task already; elsewhere it is declared, and its body never run.
     """
 
     def __init__(self, app: Celery) -> None:
         self._app = app
-        self._task = declare_generate(app)
+        self._task = app.tasks[GENERATE] if GENERATE in app.tasks else declare_generate(app)
 
     def publish(self, id: JobId, queue: str, *, enqueued_at_ns: int) -> None:
         try:
@@ -104,7 +104,7 @@ class CeleryPublisher:
 def declare_generate(app: Celery) -> Any:
     """The task as its publisher sees it: a name and a signature."""
 
-    @app.task(name=GENERATE, ignore_result=True)
+    @app.task(name=GENERATE, ignore_result=True)  # type: ignore[untyped-decorator]  # celery's
     def generate(job_id: str) -> None:
         raise NotImplementedError(f"{GENERATE} runs in workers; this process only publishes it")
 

@@ -1,0 +1,204 @@
+"""One attempt at one job: claim, generate, settle, or give back.
+
+message ─▶ claim ─┬─ not ours, ended, unknown ─────────────▶ acknowledge
+└─ ours ─▶ engine ─┬─ outputs ───────────▶ settle completed ─▶ acknowledge
+├─ refused ───────────▶ settle failed
+├─ cancel, deadline ──▶ settle cancelled, expired
+├─ lease lost ────────▶ say nothing
+├─ engine lost ───────▶ release, requeue the message
+└─ worker stops ──────▶ release; Celery requeues the message
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+from time import time_ns
+from typing import TypeVar
+
+from opentelemetry.context import Context
+
+from engine.errors import InvalidRequestError
+from engine.outputs import RequestOutput
+from engine.sampling import SamplingParams
+from jobs.clock import Clock
+from jobs.errors import StoreUnavailable
+from jobs.model import Failure, JobId, JobRequest, LeaseToken, WorkerId, new_lease_token
+from jobs.states import JobState
+from jobs.store import AttemptStore, Claim, ClaimOutcome, Settlement, SettleOutcome
+from workers.errors import CancelWished, DeadlinePassed, EngineLost, EngineRefused, LeaseLost
+from workers.holding import HeldJob, Holding
+from workers.observe import AttemptObserver
+from workers.pool import JobStopped, TaskHandle, current_handle
+from workers.protocol import EngineRequest
+from workers.result import AttemptStamps, job_result, job_timings
+from workers.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Verdict(Enum):
+    """What becomes of the message."""
+
+    ACKNOWLEDGE = auto()
+    REQUEUE = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """The message as it came."""
+
+    id: JobId
+    queue: str
+    enqueued_at_ns: int | None
+    """When the API published it; None for a message without the header."""
+    is_redelivered: bool
+    creation: Context
+    """The trace context that the message carries: its send span's."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRunner:
+    """Everything an attempt needs; `run` is called in the pool's threads."""
+
+    store: AttemptStore
+    runtime: Runtime
+    holding: Holding
+    observer: AttemptObserver
+    clock: Clock
+    worker: WorkerId
+    lease_seconds: float
+    is_stopping: threading.Event
+
+    def run(self, delivery: Delivery) -> Verdict:
+        """Raises JobStopped when the worker shuts down; the job is queued again by then."""
+        received_at_ns = time_ns()
+        token = new_lease_token()
+        claim = self._insist(lambda: self._claim(delivery.id, token))
+        if claim is None:
+            return Verdict.REQUEUE
+        if claim.outcome is not ClaimOutcome.CLAIMED or claim.request is None:
+            self.observer.dropped(delivery, claim.outcome)
+            return Verdict.ACKNOWLEDGE
+        self.observer.claimed(delivery, claim, received_at_ns)
+        return self._generate(delivery, claim, claim.request, token)
+
+    def _claim(self, id: JobId, token: LeaseToken) -> Claim:
+        return self.store.claim(
+            id, token, self.worker, now=self.clock.now(), lease_seconds=self.lease_seconds
+        )
+
+    def _generate(self, delivery: Delivery, claim: Claim, request: JobRequest, token: LeaseToken) -> Verdict:
+        claimed_at = self.clock.now()
+        handle = current_handle()
+        held = HeldJob(delivery.id, token, claim.expires_at, handle.end)
+        try:
+            params = sampling_params(request.sampling)
+            requests = engine_requests(delivery.id, token, request, params)
+            with self.holding.hold(held):
+                outputs = self._run_engine(requests, handle)
+        except (InvalidRequestError, EngineRefused) as refusal:
+            return self._settle(delivery, token, Settlement(JobState.FAILED, failure=_as_failure(refusal)))
+        except CancelWished:
+            return self._settle(delivery, token, Settlement(JobState.CANCELLED))
+        except DeadlinePassed:
+            return self._settle(delivery, token, Settlement(JobState.EXPIRED))
+        except LeaseLost:
+            self.observer.lease_lost(delivery)
+            return Verdict.ACKNOWLEDGE
+        except EngineLost as lost:
+            return self._give_back(delivery, token, lost.failure)
+        except JobStopped:
+            self._release(delivery.id, token, None)
+            raise
+        generated_at = self.clock.now()
+        self.observer.generated(delivery, request, params, outputs)
+        stamps = AttemptStamps(claim.queued_at, claimed_at, generated_at, settled_at=self.clock.now())
+        return self._settle(delivery, token, _settlement(outputs, stamps))
+
+    def _run_engine(
+        self, requests: tuple[EngineRequest, ...], handle: TaskHandle
+    ) -> tuple[RequestOutput, ...]:
+        generation = self.runtime.submit(requests)
+        try:
+            return handle.wait(generation.future)
+        except EngineLost:
+            raise  # nothing is left to abort
+        except BaseException:
+            self.runtime.abort(generation)
+            raise
+
+    def _settle(self, delivery: Delivery, token: LeaseToken, settlement: Settlement) -> Verdict:
+        with self.observer.settling(delivery):
+            outcome = self._insist(
+                lambda: self.store.settle(delivery.id, token, settlement, now=self.clock.now())
+            )
+        if outcome is None:
+            return Verdict.REQUEUE
+        self.observer.settled(delivery, settlement, outcome)
+        return Verdict.ACKNOWLEDGE
+
+    def _give_back(self, delivery: Delivery, token: LeaseToken, failure: Failure) -> Verdict:
+        outcome = self._release(delivery.id, token, failure)
+        self.observer.given_back(delivery, failure)
+        return Verdict.ACKNOWLEDGE if outcome is not SettleOutcome.SETTLED else Verdict.REQUEUE
+
+    def _release(self, id: JobId, token: LeaseToken, failure: Failure | None) -> SettleOutcome | None:
+        return self._insist(
+            lambda: self.store.release(id, token, now=self.clock.now(), failure=failure), max_tries=3
+        )
+
+    def _insist(self, act: Callable[[], T], *, max_tries: int | None = None) -> T | None:
+        """Repeat a repeatable act until the store answers; None when the worker stops first."""
+        tries = 0
+        while True:
+            try:
+                return act()
+            except StoreUnavailable as error:
+                tries += 1
+                if tries == max_tries or self.is_stopping.wait(min(5.0, 0.2 * 2**tries)):
+                    logger.warning("gave up on the job store: %s", error)
+                    return None
+
+
+def engine_requests(
+    id: JobId, token: LeaseToken, request: JobRequest, params: SamplingParams
+) -> tuple[EngineRequest, ...]:
+    """One engine request a prompt; ids carry the lease token, for two attempts may meet in one engine."""
+    return tuple(
+        EngineRequest(f"{id}/{token}/{index}", prompt.token_ids, params, prompt.text)
+        for index, prompt in enumerate(request.prompts)
+    )
+
+
+def sampling_params(stored: dict[str, object]) -> SamplingParams:
+    """The engine's parameters from their JSON form, which knows neither tuples nor integer keys.
+
+    Raises:
+        InvalidRequestError: a value breaks a rule of the engine's.
+    """
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+    bias = values.get("logit_bias")
+    if isinstance(bias, dict):
+        values["logit_bias"] = {int(token): float(weight) for token, weight in bias.items()}
+    return SamplingParams(**values)  # type: ignore[arg-type]  # checked by SamplingParams itself
+
+
+def _as_failure(refusal: InvalidRequestError | EngineRefused) -> Failure:
+    if isinstance(refusal, EngineRefused):
+        return refusal.failure
+    return Failure(reason=refusal.reason, message=str(refusal), retryable=False)
+
+
+def _settlement(outputs: tuple[RequestOutput, ...], stamps: AttemptStamps) -> Settlement:
+    timings = job_timings(outputs, stamps)
+    broken = next((output for output in outputs if output.error is not None), None)
+    if broken is not None:
+        failure = Failure(reason="generation_failed", message=str(broken.error), retryable=False)
+        return Settlement(JobState.FAILED, failure=failure, timings=timings)
+    return Settlement(JobState.COMPLETED, result=job_result(outputs), timings=timings)

@@ -1,0 +1,137 @@
+"""The engine's own process: `python -m workers.engine_process FD`.
+
+It knows the engine and the pipe, nothing of jobs, Celery or Redis. It ends when the worker closes the
+connection or dies. Signals meant for the worker's process group (Ctrl-C, SIGTERM) are ignored: the
+worker decides when the engine may go.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+from multiprocessing.connection import Connection
+from time import monotonic
+
+from engine.core import Engine
+from engine.errors import EngineError
+from engine.outputs import RequestOutput
+from engine.stats import StepStats
+from workers.protocol import (
+    BEAT_SECONDS,
+    Abort,
+    Add,
+    Command,
+    EngineRequest,
+    ModelFacts,
+    Progress,
+    Ready,
+    Refused,
+    Start,
+    StartFailed,
+)
+
+_PR_SET_PDEATHSIG = 1
+
+
+class EngineLoop:
+    """Takes commands between steps and tells what finished. Used in a process of its own or in a thread."""
+
+    def __init__(self, engine: Engine, connection: Connection) -> None:
+        self._engine = engine
+        self._connection = connection
+        self._refused: list[Refused] = []
+        self._last_said = monotonic()
+
+    def run(self) -> None:
+        """Return when the other end closes the connection."""
+        try:
+            while True:
+                self._take_commands()
+                self._step()
+        except (EOFError, ConnectionError, BrokenPipeError):
+            return
+
+    def _take_commands(self) -> None:
+        patience = 0.0 if self._engine.has_work() else BEAT_SECONDS
+        while self._connection.poll(patience):
+            self._obey(self._connection.recv())
+            patience = 0.0
+
+    def _obey(self, command: Command) -> None:
+        match command:
+            case Add(requests):
+                for request in requests:
+                    self._add(request)
+            case Abort(ids):
+                for id in ids:
+                    self._engine.abort(id)
+            case Start():
+                raise RuntimeError("the engine was started twice")
+
+    def _add(self, request: EngineRequest) -> None:
+        try:
+            self._engine.add_request(
+                request.id, request.prompt_token_ids, request.params, prompt_text=request.prompt_text
+            )
+        except EngineError as error:
+            self._refused.append(Refused(request.id, error.reason, str(error)))
+
+    def _step(self) -> None:
+        if not self._engine.has_work():
+            if self._refused or self._is_due():
+                self._say(())
+            return
+        output = self._engine.step()
+        if output.finished or self._refused or self._is_due():
+            self._say(output.finished, output.stats)
+
+    def _say(self, finished: tuple[RequestOutput, ...], stats: StepStats | None = None) -> None:
+        self._connection.send(Progress(finished, tuple(self._refused), stats))
+        self._refused.clear()
+        self._last_said = monotonic()
+
+    def _is_due(self) -> bool:
+        return monotonic() - self._last_said >= BEAT_SECONDS
+
+
+def model_facts(engine: Engine) -> ModelFacts:
+    info = engine.model_info
+    return ModelFacts(
+        architecture=info.architecture,
+        vocab_size=info.vocab_size,
+        max_model_len=info.max_model_len,
+        num_parameters=info.num_parameters,
+        num_blocks=info.num_blocks,
+        tokenizer_json=info.tokenizer.to_json(),
+    )
+
+
+def serve(connection: Connection) -> None:
+    """Load what `Start` says, then run until the connection closes."""
+    start = connection.recv()
+    try:
+        engine = Engine.from_config(start.config)
+    except EngineError as error:
+        connection.send(StartFailed(str(error)))
+        return
+    connection.send(Ready(model_facts(engine)))
+    EngineLoop(engine, connection).run()
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _die_with_parent()
+    with Connection(int(sys.argv[1])) as connection:
+        serve(connection)
+
+
+def _die_with_parent() -> None:
+    """On Linux, be killed when the thread that started us ends; elsewhere the closed pipe must do."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

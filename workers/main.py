@@ -1,0 +1,101 @@
+"""`celery -A workers.main worker`: an ordinary Celery worker whose tasks share one engine."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from celery import signals
+from celery.exceptions import Reject
+
+from engine.errors import ConfigError
+from jobs.errors import SettingsError
+from jobs.model import JobId
+from jobs.queue import ENQUEUED_AT_HEADER, GENERATE, create_celery, declare_queue
+from jobs.settings import JobsSettings, Settings, read_settings
+from telemetry import log
+from telemetry.celery import creation_context
+from workers.attempt import Delivery, Verdict
+from workers.errors import EngineStartError
+from workers.message_lease import message_lease
+from workers.service import SERVICE_NAME, WorkerService
+from workers.settings import WorkerSettings
+
+EXIT_CANNOT_SERVE = 3
+"""The configuration or the model is at fault: starting again will not help."""
+
+SWITCH_INTERVAL_SECONDS = 0.0005
+"""How long a busy thread may keep others from the interpreter; the default of 5 ms costs latency here."""
+
+
+def refuse(reason: object) -> SystemExit:
+    """End the worker with one line for the operator."""
+    print(f"throughline worker: {reason}", file=sys.stderr, flush=True)
+    return SystemExit(EXIT_CANNOT_SERVE)
+
+
+def settings_or_exit(settings_class: type[Settings]) -> Settings:
+    try:
+        return read_settings(settings_class)
+    except SettingsError as error:
+        raise refuse(error) from None
+
+
+settings = settings_or_exit(WorkerSettings)
+jobs_settings = settings_or_exit(JobsSettings)
+app = create_celery(jobs_settings)
+try:
+    service = WorkerService(settings, jobs_settings, app)
+except ConfigError as error:
+    raise refuse(error) from None
+
+app.conf.update(
+    worker_pool="workers.pool:EnginePool",
+    worker_concurrency=settings.concurrency,
+    worker_prefetch_multiplier=1,
+    task_acks_late=True,
+    task_queues=[declare_queue(name) for name in service.queues],
+    worker_send_task_events=True,
+    worker_soft_shutdown_timeout=settings.shutdown_grace_seconds,
+    worker_enable_soft_shutdown_on_idle=True,
+    worker_cancel_long_running_tasks_on_connection_loss=False,
+)
+app.steps["consumer"].add(
+    message_lease(renew_seconds=jobs_settings.renew_seconds, is_healthy=service.is_healthy)
+)
+
+
+@app.task(name=GENERATE, bind=True, ignore_result=True, acks_late=True, throws=(Reject,))  # type: ignore[untyped-decorator]  # celery's
+def generate(self: Any, job_id: str) -> None:
+    request = self.request
+    delivery_info = request.delivery_info or {}
+    enqueued_at_ns = (request.headers or {}).get(ENQUEUED_AT_HEADER) or request.get(ENQUEUED_AT_HEADER)
+    delivery = Delivery(
+        id=JobId(job_id),
+        queue=delivery_info.get("routing_key", ""),
+        enqueued_at_ns=enqueued_at_ns,
+        is_redelivered=bool(delivery_info.get("redelivered")),
+        creation=creation_context(request),
+    )
+    if service.run(delivery) is Verdict.REQUEUE:
+        raise Reject("given back", requeue=True)
+
+
+@signals.setup_logging.connect(weak=False)  # type: ignore[untyped-decorator]  # celery's
+def configure_logging(loglevel: Any = None, **_: Any) -> None:
+    log.configure_logging(SERVICE_NAME)
+
+
+@signals.worker_init.connect(weak=False)  # type: ignore[untyped-decorator]  # celery's
+def start(**_: Any) -> None:
+    sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
+    try:
+        service.start()
+    except EngineStartError as error:
+        service.stop()
+        raise refuse(error) from None
+
+
+@signals.worker_shutdown.connect(weak=False)  # type: ignore[untyped-decorator]  # celery's
+def stop(**_: Any) -> None:
+    service.stop()

@@ -1,0 +1,146 @@
+"""What an attempt tells the trace and the log; never a prompt or an output."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from opentelemetry import context as otel_context
+
+from engine.outputs import RequestOutput
+from engine.sampling import SamplingParams
+from engine.stats import RequestPhases
+from jobs.model import Failure, JobRequest
+from jobs.states import JobState
+from jobs.store import Claim, ClaimOutcome, Settlement, SettleOutcome
+from telemetry import spans
+
+if TYPE_CHECKING:
+    from workers.attempt import Delivery
+
+logger = logging.getLogger(__name__)
+
+MAX_GENERATION_SPANS = 64
+"""Of one job with many prompts; the others are counted on the process span alone."""
+
+_DROPPED_AS = {
+    ClaimOutcome.CANCELLED: JobState.CANCELLED,
+    ClaimOutcome.EXPIRED: JobState.EXPIRED,
+    ClaimOutcome.EXHAUSTED: JobState.FAILED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptObserver:
+    """Called in the task's thread, inside its `process` span. Drawing spans must never fail a job."""
+
+    model: str
+    captures_content: bool = False
+
+    def claimed(self, delivery: Delivery, claim: Claim, received_at_ns: int) -> None:
+        waited = None
+        if delivery.enqueued_at_ns is not None:
+            waited = (received_at_ns - delivery.enqueued_at_ns) / 1e9
+            spans.queue_wait(
+                delivery.creation,
+                queue=delivery.queue,
+                job_id=delivery.id,
+                enqueued_at_ns=delivery.enqueued_at_ns,
+                started_at_ns=received_at_ns,
+            )
+        spans.mark_attempt(
+            job_id=delivery.id,
+            attempt=claim.attempt,
+            is_redelivered=delivery.is_redelivered,
+            queue_wait_seconds=waited,
+        )
+
+    def dropped(self, delivery: Delivery, outcome: ClaimOutcome) -> None:
+        state = _DROPPED_AS.get(outcome)
+        error = "worker_lost" if outcome is ClaimOutcome.EXHAUSTED else None
+        spans.mark_outcome(state.value if state else outcome.value, error_type=error)
+        logger.info("message dropped: %s", outcome.value, extra={"job_id": delivery.id})
+
+    def generated(
+        self,
+        delivery: Delivery,
+        request: JobRequest,
+        params: SamplingParams,
+        outputs: tuple[RequestOutput, ...],
+    ) -> None:
+        current = otel_context.get_current()
+        for index, output in enumerate(outputs[:MAX_GENERATION_SPANS]):
+            text = request.prompts[index].text if self.captures_content else None
+            record = self._record(delivery, params, output, text)
+            spans.generation(current, record, capture_content=self.captures_content)
+
+    def settling(self, delivery: Delivery) -> AbstractContextManager[object]:
+        return spans.store_result(delivery.id)
+
+    def settled(self, delivery: Delivery, settlement: Settlement, outcome: SettleOutcome) -> None:
+        state = JobState.CANCELLED if outcome is SettleOutcome.CANCELLED else settlement.state
+        error = settlement.failure.reason if state is JobState.FAILED and settlement.failure else None
+        spans.mark_outcome(state.value, error_type=error)
+        if outcome in (SettleOutcome.SETTLED, SettleOutcome.CANCELLED):
+            logger.info("job %s%s", state.value, f": {error}" if error else "", extra={"job_id": delivery.id})
+        else:
+            logger.warning("result refused: %s", outcome.value, extra={"job_id": delivery.id})
+
+    def given_back(self, delivery: Delivery, failure: Failure) -> None:
+        spans.mark_outcome(JobState.QUEUED.value, error_type=failure.reason)
+        logger.warning("job given back: %s", failure.message, extra={"job_id": delivery.id})
+
+    def lease_lost(self, delivery: Delivery) -> None:
+        spans.mark_outcome("lease_lost", error_type="lease_lost")
+        logger.warning("lease lost; the result is dropped", extra={"job_id": delivery.id})
+
+    def _record(
+        self, delivery: Delivery, params: SamplingParams, output: RequestOutput, prompt: str | None
+    ) -> spans.GenerationRecord:
+        phases = output.phases
+        first = phases.first_token_at
+        return spans.GenerationRecord(
+            model=self.model,
+            response_id=f"cmpl-{delivery.id.removeprefix('job_')}",
+            job_id=delivery.id,
+            started_at_ns=_wall_ns(phases.arrived_at),
+            ended_at_ns=_wall_ns(phases.finished_at),
+            finish_reasons=tuple(completion.finish_reason for completion in output.completions),
+            input_tokens=output.usage.prompt_tokens,
+            output_tokens=output.usage.completion_tokens,
+            cached_tokens=output.usage.cached_tokens,
+            max_tokens=params.max_tokens,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k or None,
+            seed=params.seed,
+            frequency_penalty=params.frequency_penalty or None,
+            presence_penalty=params.presence_penalty or None,
+            stop_sequences=params.stop,
+            choice_count=params.n,
+            uses_beam_search=params.use_beam_search,
+            phases=_phases(phases),
+            time_to_first_token_seconds=None if first is None else first - phases.arrived_at,
+            mean_batch_size=phases.mean_batch_size,
+            max_batch_size=phases.max_batch_size,
+            num_steps=phases.num_steps,
+            num_preemptions=phases.num_preemptions,
+            error_type="generation_failed" if output.error else None,
+            prompts=(prompt,) if prompt is not None else (),
+            outputs=tuple(c.text for c in output.completions) if self.captures_content else (),
+        )
+
+
+def _phases(phases: RequestPhases) -> tuple[spans.Phase, ...]:
+    return tuple(
+        spans.Phase(name=interval.name, start_ns=_wall_ns(interval.start), end_ns=_wall_ns(interval.end))
+        for interval in phases.intervals
+    )
+
+
+def _wall_ns(monotonic_seconds: float) -> int:
+    """The engine stamps by the monotonic clock, which its process and this one share on one machine."""
+    return time.time_ns() - time.monotonic_ns() + round(monotonic_seconds * 1e9)

@@ -1,0 +1,92 @@
+"""What crosses between a worker and its engine process.
+
+    worker ──Start──▶ engine          ◀──Ready | StartFailed──
+           ──Add, Abort──▶            ◀──Progress (a step's finished requests, its statistics)──
+           ──(connection closed)──▶   ends
+
+Both ends are ours and of one version, on one machine, over a socket pair that nobody else can open;
+hence pickled dataclasses through `multiprocessing.connection`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.config import EngineConfig
+from engine.outputs import RequestOutput
+from engine.sampling import SamplingParams
+from engine.stats import StepStats
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    config: EngineConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the worker must know of the loaded model to announce it."""
+
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    num_parameters: int
+    num_blocks: int
+    tokenizer_json: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    facts: ModelFacts
+
+
+@dataclass(frozen=True, slots=True)
+class StartFailed:
+    message: str
+    """One line."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One prompt, as the engine takes it."""
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    prompt_text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    requests: tuple[EngineRequest, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The engine would not take a request."""
+
+    id: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Sent after a step in which a request finished, and at least every BEAT_SECONDS."""
+
+    finished: tuple[RequestOutput, ...]
+    refused: tuple[Refused, ...] = ()
+    stats: StepStats | None = None
+    """Of the last step; None while there is nothing to do."""
+
+
+Command = Start | Add | Abort
+Event = Ready | StartFailed | Progress
+
+BEAT_SECONDS = 0.5
+"""The engine says at least so often that it lives, with or without work."""

@@ -1,0 +1,68 @@
+"""Publishes again what the broker has lost. One worker at a time does it; see `jobs.ledger` for why."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from jobs.clock import Clock
+from jobs.errors import StoreUnavailable
+from jobs.ledger import Ledger, LostJob
+from jobs.model import JobId, WorkerId
+from jobs.queue import Publisher
+from telemetry.celery import publishing_again
+from telemetry.spans import extract
+
+logger = logging.getLogger(__name__)
+
+TICK_SECONDS = 1.0
+SHORT_TIMES = 3
+"""Counts that must be short in a row: storing and publishing are two acts."""
+
+
+class Reconciler:
+    def __init__(self, ledger: Ledger, publisher: Publisher, clock: Clock, worker: WorkerId) -> None:
+        self._ledger = ledger
+        self._publisher = publisher
+        self._clock = clock
+        self._worker = worker
+        self._num_short = 0
+        self._suspects: frozenset[JobId] = frozenset()
+        self._is_stopping = threading.Event()
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="reconciler", daemon=True).start()
+
+    def stop(self) -> None:
+        self._is_stopping.set()
+
+    def check(self) -> list[JobId]:
+        """Compare once; the jobs that were published again.
+
+        A job is published when it was lost at two looks in a row, the counts being short SHORT_TIMES before.
+        """
+        if not self._ledger.is_short():
+            self._num_short, self._suspects = 0, frozenset()
+            return []
+        self._num_short += 1
+        if self._num_short < SHORT_TIMES:
+            return []
+        lost = self._ledger.lost_jobs(now=self._clock.now())
+        again = [job for job in lost if job.id in self._suspects]
+        self._suspects = frozenset(job.id for job in lost) - {job.id for job in again}
+        for job in again:
+            self._publish(job)
+        return [job.id for job in again]
+
+    def _publish(self, job: LostJob) -> None:
+        logger.warning("the broker had lost this job; published again", extra={"job_id": job.id})
+        with publishing_again(extract({"traceparent": job.traceparent})):
+            self._publisher.publish(job.id, job.queue, enqueued_at_ns=int(self._clock.now() * 1e9))
+
+    def _run(self) -> None:
+        while not self._is_stopping.wait(TICK_SECONDS):
+            try:
+                if self._ledger.take_turn(self._worker):
+                    self.check()
+            except StoreUnavailable as error:
+                logger.warning("the ledger was not compared: %s", error)

@@ -1,0 +1,82 @@
+"""The engine's outputs as the stored result, and its stamps as the job's timings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.outputs import Completion, Logprobs, RequestOutput
+from engine.stats import PhaseName, RequestPhases
+from jobs.model import Choice, ItemResult, JobResult, Timings, TokenLogprobs, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptStamps:
+    """Unix seconds of the job's own clock."""
+
+    queued_at: float
+    claimed_at: float
+    generated_at: float
+    settled_at: float
+
+
+def job_result(outputs: tuple[RequestOutput, ...]) -> JobResult:
+    return JobResult(items=tuple(_item(output) for output in outputs))
+
+
+def _item(output: RequestOutput) -> ItemResult:
+    usage = Usage(
+        prompt_tokens=output.usage.prompt_tokens,
+        completion_tokens=output.usage.completion_tokens,
+        cached_tokens=output.usage.cached_tokens,
+    )
+    return ItemResult(choices=tuple(map(_choice, output.completions)), usage=usage)
+
+
+def _choice(completion: Completion) -> Choice:
+    if completion.finish_reason == "abort":
+        raise ValueError("an aborted completion has no place in a result")
+    return Choice(
+        index=completion.index,
+        text=completion.text,
+        finish_reason=completion.finish_reason,
+        stop_reason=completion.stop_reason,
+        logprobs=_logprobs(completion.logprobs) if completion.logprobs else None,
+    )
+
+
+def _logprobs(logprobs: Logprobs) -> TokenLogprobs:
+    return TokenLogprobs(
+        tokens=logprobs.tokens,
+        token_logprobs=logprobs.token_logprobs,
+        top_logprobs=logprobs.top_logprobs,
+        text_offset=logprobs.text_offset,
+    )
+
+
+def job_timings(outputs: tuple[RequestOutput, ...], stamps: AttemptStamps) -> Timings:
+    """Queue, engine wait, prefill, decode and store add up to the total.
+
+    The engine's share is read from the request that finished last, for the job ended with it. What the
+    hand-over between worker and engine took counts as engine wait.
+    """
+    last = max(outputs, key=lambda output: output.phases.finished_at).phases
+    queue = max(0.0, stamps.claimed_at - stamps.queued_at)
+    inside = max(0.0, stamps.generated_at - stamps.claimed_at)
+    prefill, decode = (_seconds_in(last, phase) for phase in ("prefill", "decode"))
+    store = max(0.0, stamps.settled_at - stamps.generated_at)
+    num_steps = sum(output.phases.num_steps for output in outputs) or 1
+    batch = sum(output.phases.mean_batch_size * output.phases.num_steps for output in outputs)
+    return Timings(
+        queue_ms=queue * 1e3,
+        engine_wait_ms=max(0.0, inside - prefill - decode) * 1e3,
+        prefill_ms=prefill * 1e3,
+        decode_ms=decode * 1e3,
+        store_ms=store * 1e3,
+        total_ms=(queue + max(inside, prefill + decode) + store) * 1e3,
+        mean_batch_size=batch / num_steps,
+        max_batch_size=max(output.phases.max_batch_size for output in outputs),
+    )
+
+
+def _seconds_in(phases: RequestPhases, name: PhaseName) -> float:
+    return sum(interval.end - interval.start for interval in phases.intervals if interval.name == name)

@@ -1,0 +1,180 @@
+"""One worker: its engine, its leases and its place in the registry, started and stopped in order.
+
+start: engine (model loaded) ─▶ leases, cancels ─▶ reconciler ─▶ announce the model ─▶ Celery consumes
+stop:  leave the registry ─▶ reconciler ─▶ leases ─▶ engine ─▶ spans flushed
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+
+from celery import Celery
+
+from engine.config import EngineConfig
+from jobs.clock import SystemClock
+from jobs.errors import StoreUnavailable
+from jobs.ledger import Ledger
+from jobs.model import PRIORITIES, WorkerId
+from jobs.queue import CeleryPublisher
+from jobs.redis_connection import connect
+from jobs.redis_registry import RedisModelAnnouncer
+from jobs.redis_store import RedisAttemptStore
+from jobs.registry import BEAT_SECONDS, ModelCard, queue_name
+from jobs.settings import JobsSettings
+from telemetry.celery import instrument_celery
+from telemetry.settings import TelemetrySettings
+from telemetry.setup import Telemetry, configure
+from workers.attempt import AttemptRunner, Delivery, Verdict
+from workers.holding import Holding
+from workers.observe import AttemptObserver
+from workers.protocol import ModelFacts
+from workers.reconcile import Reconciler
+from workers.runtime import ChildRuntime, InlineRuntime, Runtime
+from workers.settings import WorkerSettings
+
+logger = logging.getLogger(__name__)
+
+SERVICE_NAME = "throughline-worker"
+
+
+class WorkerService:
+    def __init__(self, settings: WorkerSettings, jobs_settings: JobsSettings, app: Celery) -> None:
+        self.worker = WorkerId(f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(3)}")
+        self._settings = settings
+        self._jobs_settings = jobs_settings
+        self._app = app
+        self._clock = SystemClock()
+        self._client = connect(jobs_settings)
+        self._store = RedisAttemptStore(self._client, jobs_settings)
+        self._announcer = RedisModelAnnouncer(self._client, jobs_settings)
+        self._runtime = self._create_runtime()
+        self._is_stopping = threading.Event()
+        self._holding = Holding(
+            self._store,
+            self.worker,
+            self._clock,
+            lease_seconds=jobs_settings.lease_seconds,
+            renew_seconds=jobs_settings.renew_seconds,
+            is_healthy=self._runtime.is_healthy,
+        )
+        self._reconciler: Reconciler | None = None
+        self._telemetry: Telemetry | None = None
+        self._runner: AttemptRunner | None = None
+
+    @property
+    def queues(self) -> tuple[str, ...]:
+        return tuple(queue_name(self._settings.names[0], priority) for priority in PRIORITIES)
+
+    def is_healthy(self) -> bool:
+        return self._runtime.is_healthy()
+
+    def start(self) -> None:
+        """Block until the model is loaded and announced.
+
+        Raises:
+            EngineStartError: one line for the operator.
+        """
+        self._telemetry = configure(SERVICE_NAME)
+        instrument_celery()
+        facts = self._runtime.start()
+        self._runner = self._create_runner()
+        self._holding.start()
+        self._reconciler = Reconciler(
+            Ledger(self._client, self._jobs_settings), CeleryPublisher(self._app), self._clock, self.worker
+        )
+        self._reconciler.start()
+        self._announce(facts)
+
+    def run(self, delivery: Delivery) -> Verdict:
+        assert self._runner is not None, "start() comes first"
+        return self._runner.run(delivery)
+
+    def stop(self) -> None:
+        self._is_stopping.set()
+        try:
+            self._announcer.leave(self._settings.names[0], self.worker)
+        except StoreUnavailable:
+            logger.info("could not take leave; the registry will forget this worker by itself")
+        if self._reconciler is not None:
+            self._reconciler.stop()
+        self._holding.stop()
+        self._runtime.stop()
+        if self._telemetry is not None:
+            self._telemetry.shutdown()
+
+    def _create_runtime(self) -> Runtime:
+        settings = self._settings
+        config = EngineConfig(
+            model=settings.model_source,
+            dtype=settings.dtype,
+            device=settings.device,
+            max_model_len=settings.max_model_len,
+            max_num_sequences=settings.max_num_sequences,
+            max_num_batched_tokens=max(settings.max_num_batched_tokens, settings.max_num_sequences),
+            kv_cache_bytes=settings.kv_cache_bytes,
+            num_threads=settings.num_threads,
+        )
+        if settings.engine == "inline":
+            return InlineRuntime(config)
+        return ChildRuntime(
+            config,
+            start_seconds=settings.engine_start_seconds,
+            stall_seconds=settings.engine_stall_seconds,
+            on_fatal=self._give_up,
+        )
+
+    def _create_runner(self) -> AttemptRunner:
+        telemetry_settings = TelemetrySettings.from_environment(os.environ)
+        return AttemptRunner(
+            store=self._store,
+            runtime=self._runtime,
+            holding=self._holding,
+            observer=AttemptObserver(self._settings.names[0], telemetry_settings.captures_content),
+            clock=self._clock,
+            worker=self.worker,
+            lease_seconds=self._jobs_settings.lease_seconds,
+            is_stopping=self._is_stopping,
+        )
+
+    def _announce(self, facts: ModelFacts) -> None:
+        card = ModelCard(
+            name=self._settings.names[0],
+            aliases=self._settings.names[1:],
+            vocab_size=facts.vocab_size,
+            max_model_len=facts.max_model_len,
+            max_num_sequences=self._settings.max_num_sequences,
+            architecture=facts.architecture,
+            dtype=self._settings.dtype,
+            device=self._settings.device,
+            tokenizer_digest=hashlib.sha256(facts.tokenizer_json.encode()).hexdigest(),
+        )
+        threading.Thread(
+            target=self._beat, args=(card, facts.tokenizer_json), name="registry-beat", daemon=True
+        ).start()
+
+    def _beat(self, card: ModelCard, tokenizer_json: str) -> None:
+        """Announce, then say every BEAT_SECONDS that we live; announce again after a Redis that forgot."""
+        is_announced = False
+        while True:
+            try:
+                if not is_announced:
+                    self._announcer.announce(card, tokenizer_json)
+                    logger.info("serving %s", ", ".join((card.name, *card.aliases)))
+                    is_announced = True
+                if self._runtime.is_healthy():
+                    self._announcer.beat(card.name, self.worker, now=self._clock.now())
+            except StoreUnavailable:
+                is_announced = False
+            if self._is_stopping.wait(BEAT_SECONDS):
+                return
+
+    def _give_up(self, reason: str) -> None:
+        """The engine is gone for good: stop as on SIGTERM, so that held jobs go back to the queue."""
+        logger.critical("the engine cannot be brought back, the worker stops: %s", reason)
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,69 @@
+"""What one worker serves, on which device, with which limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from engine import builtin
+
+SEED_MODEL = "facebook/opt-125m"
+"""The built-in model answers to this name too, so that the client of vLLM's tracing page works as it is."""
+
+
+class WorkerSettings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="THROUGHLINE_", frozen=True, extra="ignore")
+
+    model: str = ""
+    """Folder or hub name; empty is the built-in model."""
+    served_model_names: Annotated[tuple[str, ...], NoDecode] = ()
+    """The first is canonical, the others are aliases. Empty takes the model's own name."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
+    max_model_len: int | None = Field(default=None, ge=1)
+    max_num_sequences: int = Field(default=64, ge=1, le=4096)
+    """Sequences that the engine runs at once."""
+    max_num_batched_tokens: int = Field(default=2048, ge=1)
+    """Tokens of one engine step, prefill and decode together."""
+    kv_cache_bytes: int = Field(default=1 << 30, ge=1 << 20)
+    num_threads: int | None = Field(default=None, ge=1)
+    """Of the CPU operators; unset leaves it to torch."""
+    engine: Literal["process", "inline"] = "process"
+    """`inline` runs the engine in the worker itself, for debugging: a crash then costs the worker."""
+    engine_start_seconds: float = Field(default=600.0, gt=0)
+    """A model that takes longer to load counts as failed."""
+    engine_stall_seconds: float = Field(default=60.0, gt=0)
+    """An engine with work that says nothing for so long is killed and its jobs are handed back."""
+    shutdown_grace_seconds: float = Field(default=25.0, ge=0)
+    """After SIGTERM the worker finishes what it holds for so long, then hands the rest back."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_names(cls, values: Any) -> Any:
+        names = values.get("served_model_names") if isinstance(values, dict) else None
+        if isinstance(names, str):
+            split = tuple(name.strip() for name in names.split(",") if name.strip())
+            return {**values, "served_model_names": split}
+        return values
+
+    @property
+    def model_source(self) -> str:
+        return self.model or str(builtin.path())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Canonical name first."""
+        if self.served_model_names:
+            return self.served_model_names
+        if not self.model:
+            return (builtin.NAME, SEED_MODEL)
+        folder = Path(self.model)
+        return (folder.resolve().name if folder.is_dir() else self.model,)
+
+    @property
+    def concurrency(self) -> int:
+        """Jobs held at once: what the engine runs, and a margin that waits at its door."""
+        return self.max_num_sequences + max(4, self.max_num_sequences // 4)
