@@ -280,3 +280,17 @@ ATTRIBUTES: Final[tuple[Attribute, ...]] = (
     ),
     *_attributes(Source.HTTP, "int", "http.response.status_code", "client.port"),
 )
+
+
+def shape_of(name: str, kind: str) -> SpanShape | None:
+    """The row of `SPANS` that a span belongs to. A fixed name wins over one with a variable part."""
+    for shape in SPANS:
+        if kind in shape.kinds and (shape.name == name or _has_prefix_of(shape, name)):
+            return shape
+    return None
+
+
+def _has_prefix_of(shape: SpanShape, name: str) -> bool:
+    """`send <queue>` fits every name that begins with `send `; `<method> <route>` fits any."""
+    prefix, variable, _ = shape.name.partition("<")
+    return bool(variable) and name.startswith(prefix)

@@ -1,0 +1,208 @@
+"""A trace as a tree: who called whom, how long it took, and where time went that no span names.
+
+Building is pure (`tree`); `render` and `summarize` turn the result into something `rich` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from telemetry import names
+from telemetry.record import SpanRecord
+
+_GAP_SECONDS, _GAP_SHARE = 0.002, 0.01
+_KIND_COLOURS = {"SERVER": "cyan", "CLIENT": "blue", "PRODUCER": "magenta", "CONSUMER": "magenta"}
+_SHOWN = (
+    names.JOB_ATTEMPT,
+    names.JOB_STATE,
+    names.GEN_AI_USAGE_INPUT_TOKENS,
+    names.GEN_AI_USAGE_OUTPUT_TOKENS,
+    names.BATCH_SIZE_MEAN,
+    names.CLOCK_SKEWED,
+    "http.response.status_code",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    span: SpanRecord
+    children: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gap:
+    """Time inside `span` that none of its descendants names; `after` and `before` are what surrounds it."""
+
+    span: SpanRecord
+    start_ns: int
+    end_ns: int
+    after: str
+    before: str
+
+    @property
+    def duration_seconds(self) -> float:
+        return (self.end_ns - self.start_ns) / 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class TraceTree:
+    """The spans of one trace, by start. A span whose parent is not among them is a root of `roots`."""
+
+    roots: tuple[Node, ...]
+    gaps: tuple[Gap, ...]
+
+    @property
+    def start_ns(self) -> int:
+        return min((node.span.start_ns for node in self.roots), default=0)
+
+
+def tree(spans: Iterable[SpanRecord]) -> TraceTree:
+    """Every span stands in it once: one sent twice counts once, an orphan or one of a ring is a root."""
+    by_id = {span.span_id: span for span in sorted(spans, key=lambda span: (span.start_ns, span.end_ns))}
+    children: dict[str, list[SpanRecord]] = {}
+    roots: list[SpanRecord] = []
+    for span in by_id.values():
+        if span.parent_id in by_id and not _is_in_ring(span, by_id):
+            children.setdefault(str(span.parent_id), []).append(span)
+        else:
+            roots.append(span)
+    nodes = tuple(_node(span, children) for span in roots)
+    return TraceTree(nodes, tuple(gap for node in nodes for gap in _gaps(node, _threshold_ns(node))))
+
+
+def render(trace: TraceTree) -> Tree:
+    """One line a span: name, length, start within the trace, kind, service, and what is odd about it."""
+    top = Tree(_title(trace), guide_style="dim")
+    for node in trace.roots:
+        _add(top, node, trace)
+    for gap in trace.gaps:
+        top.add(_gap_line(gap))
+    return top
+
+
+def summarize(trace: TraceTree) -> Table:
+    """Name by name: how often, how long together, what share of the longest root."""
+    total_ns = max((node.span.end_ns - node.span.start_ns for node in trace.roots), default=0)
+    table = Table("span", "count", "total", "share", box=None, header_style="bold")
+    sums: dict[str, list[int]] = {}
+    for span in _walk(trace.roots):
+        sums.setdefault(span.name, []).append(span.end_ns - span.start_ns)
+    for name, lengths in sums.items():
+        share = sum(lengths) / total_ns if total_ns else 0.0
+        table.add_row(Text(name), str(len(lengths)), _duration(sum(lengths)), f"{share:.0%}")
+    return table
+
+
+def _is_in_ring(span: SpanRecord, by_id: dict[str, SpanRecord]) -> bool:
+    seen = {span.span_id}
+    parent_id = span.parent_id
+    while parent_id in by_id:
+        if parent_id in seen:
+            return True
+        seen.add(str(parent_id))
+        parent_id = by_id[str(parent_id)].parent_id
+    return False
+
+
+def _node(span: SpanRecord, children: dict[str, list[SpanRecord]]) -> Node:
+    return Node(span, tuple(_node(child, children) for child in children.get(span.span_id, [])))
+
+
+def _walk(nodes: Sequence[Node]) -> Iterable[SpanRecord]:
+    for node in nodes:
+        yield node.span
+        yield from _walk(node.children)
+
+
+def _threshold_ns(root: Node) -> int:
+    """Shorter gaps are the price of doing anything: 2 ms, or 1 % of the whole where that is more."""
+    return max(int(_GAP_SECONDS * 1e9), int((root.span.end_ns - root.span.start_ns) * _GAP_SHARE))
+
+
+def _gaps(node: Node, threshold_ns: int) -> Iterable[Gap]:
+    """Gaps of a span with children, then of those.
+
+    A span without children names its own time; so does a PRODUCER, whose children begin when it is done.
+    """
+    span = node.span
+    if node.children and span.kind != "PRODUCER":
+        position, after = span.start_ns, "its start"
+        for inner in sorted(_walk(node.children), key=lambda inner: inner.start_ns):
+            if inner.start_ns > span.end_ns:
+                break
+            if inner.start_ns - position > threshold_ns:
+                yield Gap(span=span, start_ns=position, end_ns=inner.start_ns, after=after, before=inner.name)
+            if inner.end_ns > position:
+                position, after = inner.end_ns, inner.name
+        if span.end_ns - position > threshold_ns:
+            yield Gap(span=span, start_ns=position, end_ns=span.end_ns, after=after, before="its end")
+    for child in node.children:
+        yield from _gaps(child, threshold_ns)
+
+
+def _title(trace: TraceTree) -> Text:
+    spans = list(_walk(trace.roots))
+    if not spans:
+        return Text("no spans", style="dim")
+    services = ", ".join(dict.fromkeys(span.service for span in spans))
+    length_ns = max(span.end_ns for span in spans) - trace.start_ns
+    return Text.assemble(
+        ("trace ", "bold"),
+        spans[0].trace_id,
+        f"  {len(spans)} spans  {_duration(length_ns)}  ",
+        (services, "dim"),
+    )
+
+
+def _add(above: Tree, node: Node, trace: TraceTree) -> None:
+    branch = above.add(_line(node.span, trace))
+    for child in node.children:
+        _add(branch, child, trace)
+
+
+def _line(span: SpanRecord, trace: TraceTree) -> Text:
+    line = Text.assemble(
+        (span.name, "bold red" if span.status == "ERROR" else "bold"),
+        f"  {_duration(span.end_ns - span.start_ns)}",
+        (f"  +{_duration(span.start_ns - trace.start_ns)}", "dim"),
+        (f"  {span.kind}", _KIND_COLOURS.get(span.kind, "dim")),
+        (f"  {span.service}", "dim"),
+    )
+    for key in _SHOWN:
+        if key in span.attributes:
+            line.append(f"  {key.rpartition('.')[2]}={_value(span.attributes[key])}", "green")
+    if span.links:
+        line.append("  ↗ " + ", ".join(_link(link.attributes, link.span_id) for link in span.links), "yellow")
+    if span.status == "ERROR":
+        line.append(f"  ✗ {_value(span.attributes.get(names.ERROR_TYPE, 'error'))}", "red")
+    return line
+
+
+def _gap_line(gap: Gap) -> Text:
+    length = _duration(gap.end_ns - gap.start_ns)
+    where = f"between {gap.after} and {gap.before}"
+    return Text(f"{length} of {gap.span.name} unexplained, {where}", style="yellow")
+
+
+def _link(attributes: object, span_id: str) -> str:
+    role = attributes.get(names.LINK_ROLE) if isinstance(attributes, dict) else None
+    return f"{role or 'link'} {span_id[:8]}"
+
+
+def _value(value: object) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def _duration(length_ns: int) -> str:
+    """In the unit that fits; a negative one, which clock skew makes, keeps its sign."""
+    seconds = length_ns / 1e9
+    if abs(seconds) < 1e-3:
+        return f"{seconds * 1e6:.0f} µs"
+    if abs(seconds) < 1:
+        return f"{seconds * 1e3:.1f} ms"
+    return f"{seconds:.2f} s"

@@ -1,0 +1,183 @@
+"""What must hold for the spans of any end-to-end run, whatever it did.
+
+    check_trace_invariants(receiver.spans(), canaries=["San Francisco"], external=[client_span_id])
+
+Names of the rules are in the messages: an assertion lists every breach, not the first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+from telemetry import names
+from telemetry.record import SpanRecord, Value
+
+_TOLERANCE_NS = 2_000_000
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "string": (str,),
+    "int": (int,),
+    "double": (float, int),
+    "boolean": (bool,),
+    "string[]": (tuple,),
+}
+
+
+def check_trace_invariants(
+    spans: Sequence[SpanRecord],
+    *,
+    external: Collection[str] = (),
+    foreign_services: Collection[str] = (),
+    canaries: Iterable[str] = (),
+    failed_job_ids: Collection[str] | None = None,
+) -> None:
+    """Fail with the list of all breaches.
+
+    Args:
+        spans: everything that was received.
+        external: span ids that are nobody's of ours: a client's parent, a link's target elsewhere.
+        foreign_services: services (the client's) whose span names and attributes are their own.
+        canaries: texts of prompts and outputs, which no string of any span may contain.
+        failed_job_ids: the jobs that ended as failed; exactly their last attempt is an error. None leaves it open.
+    """
+    ours = [span for span in spans if span.service not in foreign_services]
+    breaches = [
+        *_structure(spans, set(external)),
+        *_ids_and_times(spans),
+        *_deliveries(ours),
+        *_usage(ours),
+        *_vocabulary(ours),
+        *_content(ours, list(canaries)),
+        *_drops(spans),
+    ]
+    if failed_job_ids is not None:
+        breaches += _status(ours, set(failed_job_ids))
+    assert not breaches, "\n".join(breaches)
+
+
+def _structure(spans: Sequence[SpanRecord], external: set[str]) -> Iterator[str]:
+    known = {span.span_id for span in spans} | external
+    roots = Counter(span.trace_id for span in spans if span.parent_id is None or span.parent_id in external)
+    for trace_id in {span.trace_id for span in spans}:
+        if roots[trace_id] != 1:
+            yield f"one root a trace: {trace_id} has {roots[trace_id]}"
+    for span in spans:
+        if span.parent_id is not None and span.parent_id not in known:
+            yield f"no orphan: {span.name} has parent {span.parent_id}, which never came"
+        for link in span.links:
+            if link.span_id not in known:
+                yield f"no dangling link: {span.name} links to {link.span_id}, which never came"
+
+
+def _ids_and_times(spans: Sequence[SpanRecord]) -> Iterator[str]:
+    by_id = {span.span_id: span for span in spans}
+    for span_id, count in Counter(span.span_id for span in spans).items():
+        if count > 1:
+            yield f"ids are unique: {by_id[span_id].name} came {count} times"
+    for span in spans:
+        if not re.fullmatch("[0-9a-f]{32}", span.trace_id) or not re.fullmatch("[0-9a-f]{16}", span.span_id):
+            yield f"ids are well formed: {span.name} has {span.trace_id} {span.span_id}"
+        if span.end_ns < span.start_ns:
+            yield f"no span ends before it starts: {span.name}"
+        parent = by_id.get(span.parent_id or "")
+        if parent is not None and not _is_inside(span, parent):
+            yield f"children lie inside their parent: {span.name} leaves {parent.name}"
+
+
+def _is_inside(span: SpanRecord, parent: SpanRecord) -> bool:
+    """Below a PRODUCER everything happens later, but nothing earlier."""
+    starts_after = span.start_ns >= parent.start_ns - _TOLERANCE_NS
+    return starts_after and (parent.kind == "PRODUCER" or span.end_ns <= parent.end_ns + _TOLERANCE_NS)
+
+
+def _deliveries(spans: Sequence[SpanRecord]) -> Iterator[str]:
+    """One PRODUCER a message; each of its CONSUMERs links to it; attempts of a job are 1..k."""
+    producers: dict[Value, list[SpanRecord]] = {}
+    attempts: dict[Value, list[int]] = {}
+    for span in spans:
+        if span.kind == "PRODUCER":
+            producers.setdefault(span.attributes.get(names.MESSAGING_MESSAGE_ID), []).append(span)
+    for message_id, sent in producers.items():
+        if len(sent) > 1:
+            yield f"one PRODUCER a message: {message_id} has {len(sent)}"
+    for span in spans:
+        if span.kind != "CONSUMER":
+            continue
+        sent = producers.get(span.attributes.get(names.MESSAGING_MESSAGE_ID), [])
+        if sent and sent[0].span_id not in {link.span_id for link in span.links}:
+            yield f"process links to its send: {span.name} does not"
+        if not sent:
+            yield f"one PRODUCER a message: {span.name} has none"
+        attempt = span.attributes.get(names.JOB_ATTEMPT)
+        if isinstance(attempt, int):
+            attempts.setdefault(span.attributes.get(names.JOB_ID), []).append(attempt)
+    for job_id, counted in attempts.items():
+        if sorted(counted) != list(range(1, len(counted) + 1)):
+            yield f"attempts are 1..k: job {job_id} has {sorted(counted)}"
+
+
+def _usage(spans: Sequence[SpanRecord]) -> Iterator[str]:
+    for span in spans:
+        gen_ai = [key for key in span.attributes if key.startswith("gen_ai.")]
+        is_generation = span.name.startswith(f"{names.OPERATION_TEXT_COMPLETION} ")
+        if gen_ai and not is_generation:
+            yield f"gen_ai.* on generation spans only: {span.name} has {gen_ai}"
+
+
+def _vocabulary(spans: Sequence[SpanRecord]) -> Iterator[str]:
+    types = {attribute.key: attribute.type for attribute in names.ATTRIBUTES}
+    for span in spans:
+        shape = names.shape_of(span.name, span.kind)
+        if shape is None:
+            yield f"every span is in the table: {span.name} [{span.kind}] is not"
+            continue
+        yield from (f"{span.name} lacks {key}" for key in shape.required if key not in span.attributes)
+        allowed = {*shape.required, *shape.optional}
+        for key, value in span.attributes.items():
+            if key not in allowed:
+                yield f"every attribute is in the table: {key} on {span.name} is not"
+            elif not _has_type(value, types[key]):
+                yield f"every attribute has its type: {key} on {span.name} is {value!r}, not {types[key]}"
+
+
+def _has_type(value: Value, wanted: str) -> bool:
+    if isinstance(value, bool):
+        return wanted == "boolean"
+    if not isinstance(value, _TYPES[wanted]):
+        return False
+    return not isinstance(value, tuple) or all(isinstance(item, str) for item in value)
+
+
+def _content(spans: Sequence[SpanRecord], canaries: list[str]) -> Iterator[str]:
+    for span in spans:
+        for text in _strings(span):
+            yield from (
+                f"no prompt or output: {span.name} holds one" for canary in canaries if canary in text
+            )
+
+
+def _strings(span: SpanRecord) -> Iterator[str]:
+    yield from (span.name, span.status_message)
+    for attributes in (
+        span.attributes,
+        *(e.attributes for e in span.events),
+        *(k.attributes for k in span.links),
+    ):
+        yield repr(dict(attributes))
+
+
+def _status(spans: Sequence[SpanRecord], failed_job_ids: set[str]) -> Iterator[str]:
+    last = {}
+    for span in sorted(spans, key=lambda span: span.start_ns):
+        if span.kind == "CONSUMER":
+            last[span.attributes.get(names.JOB_ID)] = span
+    for job_id, span in last.items():
+        if (span.status == "ERROR") != (job_id in failed_job_ids):
+            yield f"ERROR iff the job failed: the last attempt of {job_id} is {span.status}"
+
+
+def _drops(spans: Sequence[SpanRecord]) -> Iterator[str]:
+    yield from (
+        f"nothing is cut off: {span.name} lost {span.num_dropped}" for span in spans if span.num_dropped
+    )
