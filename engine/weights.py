@@ -22,23 +22,15 @@ from engine.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationConfig:
-    """What the folder says of generating.
-
-    Attributes:
-        eos_token_ids: of `generation_config.json`, else of `config.json`, else the tokenizer's; any of them
-            ends a sequence.
+class LoadedModel:
+    """Attributes:
+    config: the model's; its `eos_token_ids` are those of `generation_config.json`, else of `config.json`,
+        else the tokenizer's.
     """
 
-    eos_token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
     model: CausalLM
     config: ModelConfig
     tokenizer: Tokenizer
-    generation_config: GenerationConfig
 
 
 def load_model(
@@ -67,17 +59,19 @@ def load_model(
     fields = ConfigFields.from_file(folder / "config.json")
     architecture, family = find_family(fields)
     tokenizer = Tokenizer.from_folder(folder)
+    fields = _with_effective_eos(fields, folder, tokenizer)
     report(f"loading the weights of {architecture}")
     checkpoint = Checkpoint.open(folder, name_prefix=family.name_prefix, dtype=dtype, device=device)
     model = family.load(fields, architecture, checkpoint)
     _check_vocabulary(folder, model.config, tokenizer)
-    eos = _read_eos(folder) or model.config.eos_token_ids or tokenizer.eos_token_ids
-    return LoadedModel(model, model.config, tokenizer, GenerationConfig(eos))
+    return LoadedModel(model, model.config, tokenizer)
 
 
-def _read_eos(folder: Path) -> tuple[int, ...]:
+def _with_effective_eos(fields: ConfigFields, folder: Path, tokenizer: Tokenizer) -> ConfigFields:
     path = folder / "generation_config.json"
-    return ConfigFields.from_file(path).token_ids("eos_token_id") if path.is_file() else ()
+    generation = ConfigFields.from_file(path).token_ids("eos_token_id") if path.is_file() else ()
+    ids = generation or fields.token_ids("eos_token_id") or tokenizer.eos_token_ids
+    return ConfigFields(fields.source, {**fields.raw, "eos_token_id": list(ids)})
 
 
 def _check_vocabulary(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
