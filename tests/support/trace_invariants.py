@@ -39,7 +39,7 @@ def check_trace_invariants(
         external: span ids that are nobody's of ours: a client's parent, a link's target elsewhere.
         foreign_services: services (the client's) whose span names and attributes are their own.
         canaries: texts of prompts and outputs, which no string of any span may contain.
-        failed_job_ids: the jobs that ended as failed; exactly their last attempt is an error. None leaves it open.
+        failed_job_ids: the jobs that ended as failed; exactly their last attempt is an error; None asks nothing.
     """
     ours = [span for span in spans if span.service not in foreign_services]
     breaches = [
@@ -100,7 +100,7 @@ def _deliveries(spans: Sequence[SpanRecord]) -> Iterator[str]:
             producers.setdefault(span.attributes.get(names.MESSAGING_MESSAGE_ID), []).append(span)
     for message_id, sent in producers.items():
         if len(sent) > 1:
-            yield f"one PRODUCER a message: {message_id} has {len(sent)}"
+            yield f"one PRODUCER a message: {message_id!r} has {len(sent)}"
     for span in spans:
         if span.kind != "CONSUMER":
             continue
@@ -114,15 +114,25 @@ def _deliveries(spans: Sequence[SpanRecord]) -> Iterator[str]:
             attempts.setdefault(span.attributes.get(names.JOB_ID), []).append(attempt)
     for job_id, counted in attempts.items():
         if sorted(counted) != list(range(1, len(counted) + 1)):
-            yield f"attempts are 1..k: job {job_id} has {sorted(counted)}"
+            yield f"attempts are 1..k: job {job_id!r} has {sorted(counted)}"
 
 
 def _usage(spans: Sequence[SpanRecord]) -> Iterator[str]:
+    """Tokens are counted once: on generation spans, and one of those a completion."""
+    responses = Counter(
+        span.attributes.get(names.GEN_AI_RESPONSE_ID) for span in spans if _is_generation(span)
+    )
+    for response_id, count in responses.items():
+        if count > 1:
+            yield f"one generation span a completion: {response_id!r} has {count}"
     for span in spans:
         gen_ai = [key for key in span.attributes if key.startswith("gen_ai.")]
-        is_generation = span.name.startswith(f"{names.OPERATION_TEXT_COMPLETION} ")
-        if gen_ai and not is_generation:
+        if gen_ai and not _is_generation(span):
             yield f"gen_ai.* on generation spans only: {span.name} has {gen_ai}"
+
+
+def _is_generation(span: SpanRecord) -> bool:
+    return span.name.startswith(f"{names.OPERATION_TEXT_COMPLETION} ")
 
 
 def _vocabulary(spans: Sequence[SpanRecord]) -> Iterator[str]:
@@ -152,19 +162,29 @@ def _has_type(value: Value, wanted: str) -> bool:
 def _content(spans: Sequence[SpanRecord], canaries: list[str]) -> Iterator[str]:
     for span in spans:
         for text in _strings(span):
-            yield from (
-                f"no prompt or output: {span.name} holds one" for canary in canaries if canary in text
-            )
+            if any(canary in text for canary in canaries):
+                yield f"no prompt or output: {span.name} holds one"
 
 
 def _strings(span: SpanRecord) -> Iterator[str]:
     yield from (span.name, span.status_message)
-    for attributes in (
-        span.attributes,
-        *(e.attributes for e in span.events),
-        *(k.attributes for k in span.links),
-    ):
-        yield repr(dict(attributes))
+    yield from _texts(span.attributes)
+    for part in (*span.events, *span.links):
+        yield from _texts(part.attributes)
+
+
+def _texts(value: Value) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield key
+            yield from _texts(inner)
+    elif isinstance(value, tuple):
+        for inner in value:
+            yield from _texts(inner)
+    elif isinstance(value, bytes):
+        yield value.decode(errors="replace")
+    else:
+        yield str(value)
 
 
 def _status(spans: Sequence[SpanRecord], failed_job_ids: set[str]) -> Iterator[str]:
@@ -174,10 +194,10 @@ def _status(spans: Sequence[SpanRecord], failed_job_ids: set[str]) -> Iterator[s
             last[span.attributes.get(names.JOB_ID)] = span
     for job_id, span in last.items():
         if (span.status == "ERROR") != (job_id in failed_job_ids):
-            yield f"ERROR iff the job failed: the last attempt of {job_id} is {span.status}"
+            yield f"ERROR iff the job failed: the last attempt of {job_id!r} is {span.status}"
 
 
 def _drops(spans: Sequence[SpanRecord]) -> Iterator[str]:
-    yield from (
-        f"nothing is cut off: {span.name} lost {span.num_dropped}" for span in spans if span.num_dropped
-    )
+    for span in spans:
+        if span.num_dropped:
+            yield f"nothing is cut off: {span.name} lost {span.num_dropped}"
