@@ -2,7 +2,7 @@
 
 Run as a file by a bare interpreter (`python -I -S leash.py PARENT_PID COMMAND…`), so it may import nothing of
 ours. On Linux the kernel sends SIGKILL to the program when the thread that started it ends, whatever ended
-it; elsewhere the program runs untied and the next start on the same state folder removes what is left. A
+it; elsewhere the program runs untied and only the watchman cleans up after a killed supervisor. A
 `preexec_fn` would do the same, but runs Python between fork and exec, which is not safe in a process that
 has threads.
 """

@@ -153,7 +153,7 @@ def ping(url: str, *, timeout_seconds: float = 3.0) -> None:
 
     Raises:
         RedisUnreachableError: It did not: refused, timed out, wrong password, still loading. The message
-        holds the
+        has the
             URL without its password.
     """
     import redis

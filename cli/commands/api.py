@@ -1,0 +1,58 @@
+"""`throughline api`: the HTTP process alone."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from cli import options
+from cli.settings import ServeOptions, environment
+
+
+@click.command(name="api", short_help="Run the HTTP API alone.")
+@options.listen_options
+@options.redis_option
+@options.model_options
+@click.option(
+    "--drain-seconds", type=click.FloatRange(0, 3600), default=15.0, show_default=True,
+    help="Time that requests in flight have to end after SIGTERM.",
+)  # fmt: skip
+def command(
+    host: str,
+    port: int,
+    redis_url: str | None,
+    model: str | None,
+    served_model_names: tuple[str, ...],
+    otlp_traces_endpoint: str | None,
+    drain_seconds: float,
+) -> None:
+    r"""Run the HTTP API alone: it takes jobs and answers, and loads no model.
+
+    It needs a Redis (--redis-url or REDIS_URL) and, somewhere, at least one `throughline worker` on the same
+    Redis that serves the same model.
+
+    \b
+    Examples:
+      REDIS_URL=redis://127.0.0.1:6379/0 throughline api
+      throughline api --redis-url unix:///run/redis.sock --served-model-name my-model --port 8080
+      opentelemetry-instrument throughline api
+    """
+    import uvicorn
+
+    serve = ServeOptions(
+        model=model,
+        served_model_names=served_model_names,
+        redis_url=redis_url,
+        otlp_traces_endpoint=otlp_traces_endpoint,
+    )
+    os.environ.update(environment(serve, os.environ))
+    os.environ.update(THROUGHLINE_HOST=host, THROUGHLINE_PORT=str(port))
+    uvicorn.run(
+        "api.app:create_app",
+        factory=True,
+        host=host,
+        port=port,
+        log_config=None,  # the app sets up the logs of the process
+        timeout_graceful_shutdown=max(1, round(drain_seconds)),
+    )

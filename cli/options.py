@@ -1,0 +1,115 @@
+"""Option types and groups shared by the commands; a bad value's message names option, value and rule."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import click
+
+_BARE_ADDRESS = re.compile(r"[\w.\-]+:\d{1,5}")
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 8000
+DEFAULT_URL = f"http://{DEFAULT_HOST}:{DEFAULT_PORT}"
+
+
+def url(*schemes: str, bare_address: bool = False) -> Callable[[str], str]:
+    """Return an option type: a URL with one of the schemes, or `host:port` with `bare_address`."""
+    rule = " or ".join(f"{scheme}://" for scheme in schemes) + (", or be host:port" if bare_address else "")
+
+    def convert(text: str) -> str:
+        if bare_address and _BARE_ADDRESS.fullmatch(text):
+            return text
+        if "://" not in text or text.partition("://")[0] not in schemes:
+            raise click.BadParameter(f"{text!r} must begin with {rule}")
+        if not _has_target(text):
+            raise click.BadParameter(f"{text!r} names no host, or no valid port (1-65535)")
+        return text
+
+    return convert
+
+
+def _has_target(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        if parts.scheme == "unix":
+            return parts.path.startswith("/")
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port out of range, or an unclosed bracket
+        return False
+
+
+def model_name(text: str) -> str:
+    """An option type: a name that clients may ask for."""
+    name = text.strip()
+    if not name or "," in name:
+        raise click.BadParameter(f"{text!r} must not be empty or hold a comma; repeat the option instead")
+    return name
+
+
+PORT = click.IntRange(1, 65535)
+REDIS_URL = url("redis", "rediss", "unix")
+OTLP_URL = url("grpc", "grpcs", "http", "https", bare_address=True)
+API_URL = url("http", "https")
+
+
+def listen_options(command: Command) -> Command:
+    """--host and --port."""
+    for option in (
+        click.option(
+            "--port", type=PORT, default=DEFAULT_PORT, envvar="THROUGHLINE_PORT", show_default=True,
+            help="Port of the API.",
+        ),
+        click.option(
+            "--host", default=DEFAULT_HOST, envvar="THROUGHLINE_HOST", show_default=True,
+            help="Address the API listens on. There is no authentication: think before you choose 0.0.0.0.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def redis_option(command: Command) -> Command:
+    """--redis-url."""
+    return click.option(
+        "--redis-url", type=REDIS_URL, metavar="URL",
+        help="A Redis 6.2 or newer: redis://host:port/db, rediss://… or unix:///path. "
+        "Also THROUGHLINE_REDIS_URL or REDIS_URL.",
+    )(command)  # fmt: skip
+
+
+def model_options(command: Command) -> Command:
+    """--model, --served-model-name and --otlp-traces-endpoint."""
+    for option in (
+        click.option(
+            "--otlp-traces-endpoint", type=OTLP_URL, metavar="URL",
+            help="Where spans go: grpc://host:4317, or http://host:4318/v1/traces with "
+            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL=http/protobuf.",
+        ),
+        click.option(
+            "--served-model-name", "served_model_names", type=model_name, multiple=True, metavar="NAME",
+            help="Name that clients ask for; repeat it for more, the first is the canonical one. "
+            "[default: the model as given]",
+        ),
+        click.option(
+            "--model", metavar="PATH_OR_NAME",
+            help="Hugging Face model folder or hub name. [default: the built-in throughline-tiny]",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def engine_options(command: Command) -> Command:
+    """--dtype and --device."""
+    for option in (
+        click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where the model runs."),
+        click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Type of the weights."),
+    ):
+        command = option(command)
+    return command

@@ -1,0 +1,28 @@
+"""What runs on this machine, as the tests of the supervisor need to know it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def running_with(mark: str) -> list[int]:
+    """Return the ids of the running processes whose environment holds `mark` (zombies have none)."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:  # it ended meanwhile, or belongs to somebody else
+            continue
+    return found
+
+
+def wait_until(condition: Callable[[], bool], *, timeout_seconds: float, what: str) -> None:
+    """Return once the condition holds; fail with `what` when it does not in time."""
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_seconds:g} s: {what}")
+        time.sleep(0.02)
