@@ -1,0 +1,114 @@
+"""Who owns which block of the KV cache. Counts only: the tensors are in `kv_cache.py`.
+
+    state of a block     reference count     where it is
+    free                 0                   in the free list, once
+    owned                1                   in one sequence's block table
+    shared               2 or more           in as many block tables; read only
+
+A block table is the list of a sequence's blocks in token order: token t lies in block `table[t // size]`.
+Before a sequence writes into a shared block it gets its own copy (copy-on-write); full blocks are never
+written again, so only a last, partly filled block is ever copied.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from engine.errors import InvariantError
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """Contents to be copied in the cache before the step's tokens are written."""
+
+    source: int
+    target: int
+
+
+class BlockManager:
+    """Hands out blocks and takes them back; not for use by several threads."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        # Last in, first out: a block just freed is the one most likely still in a processor cache.
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._reference_counts = [0] * num_blocks
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - len(self._free)
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def extend(self, table: list[int], num_tokens: int) -> None:
+        """Grow `table` until it covers `num_tokens`; the caller has checked `num_free`."""
+        for _ in range(self.num_blocks_for(num_tokens) - len(table)):
+            table.append(self._take())
+
+    def fork(self, table: list[int], num_blocks: int | None = None) -> list[int]:
+        """A second table over the same (first `num_blocks`) blocks."""
+        shared = table[:num_blocks]
+        for block in shared:
+            self._reference_counts[block] += 1
+        return shared
+
+    def can_write(self, table: list[int], position: int) -> bool:
+        """Whether `make_writable` would find the block it may need."""
+        return bool(self._free) or not self._needs_block(table, position)
+
+    def make_writable(self, table: list[int], position: int) -> BlockCopy | None:
+        """Give token `position`, next after those covered or in the last block, a block of its own.
+
+        Returns the copy to make first, if the block was shared.
+        """
+        slot = position // self.block_size
+        if slot == len(table):
+            table.append(self._take())
+            return None
+        block = table[slot]
+        if self._reference_counts[block] == 1:
+            return None
+        table[slot] = self._take()
+        self._reference_counts[block] -= 1
+        return BlockCopy(source=block, target=table[slot])
+
+    def release(self, table: list[int]) -> None:
+        """Drop one reference to each block of `table` and empty it."""
+        for block in reversed(table):
+            self._reference_counts[block] -= 1
+            if self._reference_counts[block] == 0:
+                self._free.append(block)
+        table.clear()
+
+    def check_invariants(self, tables: Iterable[list[int]]) -> None:
+        """Compare the counts with all block tables there are.
+
+        Raises:
+            InvariantError: a block is lost, owned twice or miscounted.
+        """
+        counted = Counter(block for table in tables for block in table)
+        for block, count in enumerate(self._reference_counts):
+            if counted[block] != count:
+                raise InvariantError(f"block {block}: {count} references counted, {counted[block]} found")
+        free = set(self._free)
+        if len(free) != len(self._free):
+            raise InvariantError("a block is twice in the free list")
+        if free != {block for block, count in enumerate(self._reference_counts) if count == 0}:
+            raise InvariantError("the free list does not hold exactly the blocks without references")
+
+    def _needs_block(self, table: list[int], position: int) -> bool:
+        slot = position // self.block_size
+        return slot == len(table) or self._reference_counts[table[slot]] > 1
+
+    def _take(self) -> int:
+        block = self._free.pop()
+        self._reference_counts[block] = 1
+        return block

@@ -1,0 +1,386 @@
+"""The engine: requests in, tokens out, one step at a time.
+
+Not for several threads: one thread adds, aborts and steps.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from itertools import accumulate, count, groupby
+
+import torch
+from torch import Tensor
+
+from engine.admission import ModelInfo, check_request
+from engine.block_manager import BlockManager
+from engine.config import EngineConfig
+from engine.errors import ConfigError, EngineError, InvalidRequestError, InvariantError, StepError
+from engine.kv_cache import KVCache, KVCacheShape
+from engine.model_config import ModelConfig
+from engine.model_runner import ModelRunner, count_parameters
+from engine.outputs import (
+    Completion,
+    Logprobs,
+    RequestOutput,
+    StepOutput,
+    TokenDelta,
+    Usage,
+)
+from engine.progress import BeamProgress, RequestProgress, SampledProgress
+from engine.sampler import SamplerRow, most_probable, sample, score
+from engine.sampling import SamplingParams
+from engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
+from engine.sequence import Request
+from engine.sequence import Sequence as TokenSequence
+from engine.stats import StepObserver, StepStats
+from engine.weights import LoadedModel, load_model
+
+__all__ = [
+    "Completion",
+    "Engine",
+    "Logprobs",
+    "ModelInfo",
+    "RequestOutput",
+    "StepOutput",
+    "TokenDelta",
+    "Usage",
+]
+
+_SCORED_ROWS_AT_ONCE = 256
+
+
+class Engine:
+    """Batches requests continuously over a paged KV cache.
+
+    Attributes:
+        model_info: What is loaded, and how large the cache came out.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: EngineConfig,
+        *,
+        observer: StepObserver | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Raises ConfigError if the model and the configuration do not fit together."""
+        device = torch.device(config.device)
+        shape = _cache_shape(loaded.config, config)
+        self.model_info = _describe(loaded, config, shape)
+        self._blocks = BlockManager(self.model_info.num_blocks, config.block_size)
+        self._scheduler = Scheduler(
+            self._blocks,
+            max_num_sequences=config.max_num_sequences,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+        cache = KVCache(shape, self.model_info.num_blocks, device)
+        self._runner = ModelRunner(loaded.model, cache, config.block_size, device)
+        self._config = config
+        self._observer = observer
+        self._clock = clock
+        self._arrivals = count()
+        self._progress: dict[str, RequestProgress] = {}
+        self._finished: list[RequestOutput] = []
+        self._is_broken = False
+
+    @classmethod
+    def from_config(
+        cls,
+        config: EngineConfig,
+        progress: Callable[[str], None] | None = None,
+        *,
+        observer: StepObserver | None = None,
+    ) -> Engine:
+        """Load the weights and make the cache; `progress` is told of each stage in a few words.
+
+        Raises:
+            ConfigError: the device is not there, or the model does not fit the configuration.
+            ModelLoadError: the folder or name holds no model that can be loaded.
+        """
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device", config.device, "needs a CUDA device that torch can use")
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        loaded = load_model(
+            config.model,
+            dtype=getattr(torch, config.dtype),
+            device=torch.device(config.device),
+            progress=progress,
+        )
+        return cls(loaded, config, observer=observer)
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        prompt_text: str | None = None,
+        priority: int = 0,
+    ) -> None:
+        """Put a request into the waiting line; smaller priorities are served first.
+
+        `prompt_text` is what `echo` repeats; without it the decoded prompt is.
+
+        Raises:
+            InvalidRequestError: the id is in use, or the request could never be run.
+        """
+        if request_id in self._progress:
+            raise InvalidRequestError("request_id", request_id, "is already in the engine")
+        check_request(self.model_info, prompt_token_ids, params)
+        request = Request(
+            request_id=request_id,
+            params=params,
+            priority=priority,
+            arrival_number=next(self._arrivals),
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            sequences=[TokenSequence(0, list(prompt_token_ids), len(prompt_token_ids))],
+        )
+        kind = BeamProgress if params.use_beam_search else SampledProgress
+        self._progress[request_id] = kind(
+            request,
+            self.model_info.tokenizer,
+            frozenset(self.model_info.eos_token_ids),
+            prompt_text=prompt_text,
+            arrived_at=self._clock(),
+        )
+        self._scheduler.add(request)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request; its blocks are free at once and the next step reports what it had.
+
+        Returns False if there is no such request, or no longer.
+        """
+        progress = self._progress.get(request_id)
+        if progress is None:
+            return False
+        progress.abort()
+        self._scheduler.remove(progress.request)
+        self._settle(progress, self._clock())
+        return True
+
+    def has_work(self) -> bool:
+        """Whether a step would do or report anything."""
+        return bool(self._finished) or self._scheduler.has_work()
+
+    def step(self) -> StepOutput:
+        """Schedule, run, update, once.
+
+        Raises:
+            StepError: the model failed, now or in an earlier step; only a new engine helps.
+        """
+        if self._is_broken:
+            raise StepError("an earlier step failed, so this engine's state cannot be trusted")
+        started_at = self._clock()
+        try:
+            batch = self._scheduler.schedule()
+            self._note_scheduling(batch, started_at)
+            deltas = self._run(batch)
+        except Exception as error:
+            self._is_broken = True
+            if isinstance(error, EngineError):
+                raise
+            raise StepError(f"the step raised {type(error).__name__}: {error}") from error
+        finished, self._finished = tuple(self._finished), []
+        stats = self._stats(batch, started_at, finished)
+        if self._observer is not None:
+            self._observer.on_step(stats)
+        return StepOutput(tuple(deltas), finished, stats)
+
+    def check_invariants(self) -> None:
+        """Compare all accounts with each other; cheap enough for an idle loop.
+
+        Raises:
+            InvariantError: a block is lost, owned twice or miscounted, or a request is in two states.
+        """
+        self._scheduler.check_invariants()
+        num_requests = self._scheduler.num_running + self._scheduler.num_waiting
+        if num_requests != len(self._progress):
+            raise InvariantError(f"{num_requests} requests are scheduled, {len(self._progress)} are known")
+
+    def _note_scheduling(self, batch: ScheduledBatch, at: float) -> None:
+        for request in batch.preempted:
+            self._progress[request.request_id].phases.preempted(at)
+        for request in batch.joined:
+            self._progress[request.request_id].phases.admitted(at)
+        for request_id in {entry.request.request_id: None for entry in batch.entries}:
+            self._progress[request_id].phases.took_part(len(batch.entries))
+
+    def _run(self, batch: ScheduledBatch) -> list[TokenDelta]:
+        """Compute the batch, then give each sequence that is due its next token."""
+        if not batch.entries:
+            if self._scheduler.has_work():
+                raise InvariantError("there is work and nothing was scheduled")
+            return []
+        hidden = self._runner.run(batch)
+        self._scheduler.commit(batch)
+        self._collect_prompt_logprobs(batch, hidden)
+        due = _sequences_due(batch)
+        if not due:
+            return []
+        logits = self._runner.logits(hidden, [row for row, _ in due])
+        return self._advance([request for _, request in due], logits)
+
+    def _advance(self, due: list[Request], logits: Tensor) -> list[TokenDelta]:
+        """`logits`: `[len(due), vocab_size]`; a request has a row for each of its sequences, in order."""
+        deltas: list[TokenDelta] = []
+        sampled: list[SampledProgress] = []
+        rows: list[SamplerRow] = []
+        for request, request_rows in _group_rows(due):
+            progress = self._progress[request.request_id]
+            if isinstance(progress, BeamProgress):
+                self._advance_beams(progress, logits[request_rows[0] : request_rows[-1] + 1])
+            elif isinstance(progress, SampledProgress) and request.params.max_tokens == 0:
+                deltas += progress.accept_nothing()
+                self._remove(progress)
+            elif isinstance(progress, SampledProgress):
+                own = self._sampler_rows(request, request_rows)
+                rows += own
+                sampled += [progress] * len(own)
+        tokens = sample(logits, rows)
+        now = self._clock()
+        for progress, row, token in zip(sampled, rows, tokens, strict=True):
+            advance = progress.accept(row.sequence, token.token_id, token.entry)
+            progress.phases.got_token(now)
+            if advance.delta is not None:
+                deltas.append(advance.delta)
+            if advance.is_finished:
+                self._finish_sequence(progress, row.sequence, now)
+        return deltas
+
+    def _sampler_rows(self, request: Request, request_rows: list[int]) -> list[SamplerRow]:
+        if not request.is_forked and request.params.width > 1:
+            self._scheduler.fork(request)
+            request_rows = request_rows * request.params.width
+        return [
+            SamplerRow(row, sequence, request.params, request.seed)
+            for row, sequence in zip(request_rows, request.sequences, strict=True)
+        ]
+
+    def _advance_beams(self, progress: BeamProgress, logits: Tensor) -> None:
+        """`logits`: `[num_beams, vocab_size]`, of the request's live sequences in order."""
+        request = progress.request
+        num_top = max(progress.search.num_candidates, request.params.logprobs or 0)
+        live = progress.advance(most_probable(logits, num_top))
+        progress.phases.got_token(self._clock())
+        if not live:
+            self._remove(progress)
+            return
+        beams = []
+        for index, candidate in enumerate(live):
+            beam = self._scheduler.fork_sequence(request.sequences[candidate.parent], index)
+            beam.token_ids.append(candidate.token_id)
+            beam.cumulative_logprob = candidate.cumulative_logprob
+            beam.logprobs.append(candidate.entry)
+            beams.append(beam)
+        self._scheduler.replace_sequences(request, beams)
+
+    def _collect_prompt_logprobs(self, batch: ScheduledBatch, hidden: Tensor) -> None:
+        first_row = 0
+        for entry in batch.entries:
+            progress = self._progress[entry.request.request_id]
+            if progress.wants_prompt_logprobs:
+                self._score_prompt(progress, entry, first_row, hidden)
+            first_row += entry.num_tokens
+
+    def _score_prompt(
+        self, progress: RequestProgress, entry: ScheduledSequence, first_row: int, hidden: Tensor
+    ) -> None:
+        """Position p scores token p + 1; a preempted prompt is computed again but scored once."""
+        sequence = entry.sequence
+        first = max(entry.start, len(progress.prompt_logprobs))
+        last = min(entry.start + entry.num_tokens, sequence.num_prompt_tokens - 1)
+        for start in range(first, last, _SCORED_ROWS_AT_ONCE):
+            end = min(start + _SCORED_ROWS_AT_ONCE, last)
+            offset = first_row - entry.start
+            logits = self._runner.logits(hidden, range(start + offset, end + offset))
+            targets = sequence.token_ids[start + 1 : end + 1]
+            progress.prompt_logprobs += score(logits, targets, progress.params.logprobs or 0)
+
+    def _finish_sequence(self, progress: RequestProgress, sequence: TokenSequence, at: float) -> None:
+        self._scheduler.finish_sequence(progress.request, sequence)
+        if not progress.request.sequences:
+            self._settle(progress, at)
+
+    def _remove(self, progress: RequestProgress) -> None:
+        self._scheduler.remove(progress.request)
+        self._settle(progress, self._clock())
+
+    def _settle(self, progress: RequestProgress, at: float) -> None:
+        del self._progress[progress.request.request_id]
+        self._finished.append(progress.output(at))
+
+    def _stats(
+        self, batch: ScheduledBatch, started_at: float, finished: tuple[RequestOutput, ...]
+    ) -> StepStats:
+        num_decode_tokens = sum(1 for entry in batch.entries if entry.is_decode)
+        return StepStats(
+            started_at=started_at,
+            duration_seconds=self._clock() - started_at,
+            batch_size=len(batch.entries),
+            num_prefill_tokens=batch.num_tokens - num_decode_tokens,
+            num_decode_tokens=num_decode_tokens,
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_blocks_used=self._blocks.num_used,
+            num_blocks_total=self._blocks.num_blocks,
+            num_preempted=len(batch.preempted),
+            joined=tuple(request.request_id for request in batch.joined),
+            left=tuple(output.request_id for output in finished),
+        )
+
+
+def _sequences_due(batch: ScheduledBatch) -> list[tuple[int, Request]]:
+    """For each sequence that gets a token: the row of its last token, and its request."""
+    ends = accumulate(entry.num_tokens for entry in batch.entries)
+    return [(end - 1, entry.request) for end, entry in zip(ends, batch.entries, strict=True) if entry.samples]
+
+
+def _group_rows(due: list[Request]) -> list[tuple[Request, list[int]]]:
+    """A request's rows lie together: its sequences decode in one step, or it has only one."""
+    rows = groupby(range(len(due)), key=lambda row: due[row].request_id)
+    return [(due[group[0]], group) for group in (list(members) for _, members in rows)]
+
+
+def _describe(loaded: LoadedModel, config: EngineConfig, shape: KVCacheShape) -> ModelInfo:
+    own_limit = loaded.config.max_position_embeddings
+    max_model_len = own_limit if config.max_model_len is None else config.max_model_len
+    if max_model_len > own_limit:
+        raise ConfigError("max_model_len", max_model_len, f"must be at most {own_limit}, the model's limit")
+    return ModelInfo(
+        architecture=loaded.config.architecture,
+        vocab_size=loaded.config.vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=loaded.config.eos_token_ids,
+        dtype=config.dtype,
+        device=config.device,
+        num_parameters=count_parameters(loaded.model),
+        num_blocks=_num_blocks(config, shape, max_model_len),
+        block_size=config.block_size,
+        max_num_sequences=config.max_num_sequences,
+        tokenizer=loaded.tokenizer,
+    )
+
+
+def _cache_shape(model: ModelConfig, config: EngineConfig) -> KVCacheShape:
+    return KVCacheShape(
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        block_size=config.block_size,
+        dtype=getattr(torch, config.dtype),
+    )
+
+
+def _num_blocks(config: EngineConfig, shape: KVCacheShape, max_model_len: int) -> int:
+    if config.num_blocks is not None:
+        return config.num_blocks
+    num_affordable = config.kv_cache_bytes // shape.bytes_per_block
+    if num_affordable == 0:
+        rule = f"must be at least {shape.bytes_per_block}, one block of {config.block_size} tokens"
+        raise ConfigError("kv_cache_bytes", config.kv_cache_bytes, rule)
+    num_useful = config.max_num_sequences * -(-max_model_len // config.block_size)
+    return min(num_affordable, num_useful)

@@ -1,0 +1,61 @@
+"""The tensors behind the block manager's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.block_manager import BlockCopy
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheShape:
+    """Attributes:
+    num_layers: Each has a key and a value tensor `[num_blocks, num_kv_heads, block_size, head_dim]`.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Keys and values of all layers."""
+        elements = self.num_layers * self.num_kv_heads * self.head_dim * self.block_size
+        return 2 * elements * self.dtype.itemsize
+
+
+class KVCache:
+    """Keys and values of all layers.
+
+    Attributes:
+        layers: `(keys, values)` per layer, each `[num_blocks, num_kv_heads, block_size, head_dim]`. A block's
+            tokens of one head lie together, which is what the attention of one head reads.
+    """
+
+    def __init__(self, shape: KVCacheShape, num_blocks: int, device: torch.device) -> None:
+        size = (num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
+        # Zeros rather than empty: attention may multiply masked slots by zero, and zero times NaN is NaN.
+        self.layers: list[tuple[Tensor, Tensor]] = [
+            (
+                torch.zeros(size, dtype=shape.dtype, device=device),
+                torch.zeros(size, dtype=shape.dtype, device=device),
+            )
+            for _ in range(shape.num_layers)
+        ]
+        self._device = device
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """All sources are read before any target is written, as the copies of one step require."""
+        if not copies:
+            return
+        sources = torch.tensor([copy.source for copy in copies], device=self._device)
+        targets = torch.tensor([copy.target for copy in copies], device=self._device)
+        for keys, values in self.layers:
+            keys[targets] = keys[sources]
+            values[targets] = values[sources]

@@ -1,0 +1,93 @@
+"""What a step gives back: plain frozen data that pickles, holds no tensor and imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.stats import RequestPhases, StepStats
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDelta:
+    """What one sequence gained in one step.
+
+    The texts of all deltas of a sequence, joined, are its completion's text: a stop string that is only
+    half there, or half a character, is held back. A request with beam search, or with `best_of` above n,
+    sends none, for nothing is settled before its end.
+
+    Attributes:
+        index: Of the completion within the request.
+        token_ids: Generated tokens, the stop token included; empty for an echoed prompt without any.
+    """
+
+    request_id: str
+    index: int
+    token_ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """OpenAI's legacy shape: four lists of equal length, the prompt's tokens first where it is echoed.
+
+    Attributes:
+        token_logprobs: `None` for the first token of a prompt.
+        top_logprobs: The most probable tokens and the chosen one, by their text; `None` as above.
+        text_offset: Characters of the completion's text before the token.
+    """
+
+    tokens: tuple[str, ...]
+    token_logprobs: tuple[float | None, ...]
+    top_logprobs: tuple[dict[str, float] | None, ...]
+    text_offset: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One finished sequence.
+
+    Attributes:
+        token_ids: Generated tokens, the stop token included.
+        stop_reason: The stop string or stop token id that ended it; `None` for the model's own end.
+        cumulative_logprob: Of the generated tokens; `None` unless log-probabilities were computed.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop_reason: int | str | None
+    cumulative_logprob: float | None
+    logprobs: Logprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Attributes:
+    completion_tokens: Generated for all sequences, those `best_of` discards included; with beam search
+        those of the returned beams.
+    cached_tokens: Prompt tokens found in the cache at admission.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    request_id: str
+    completions: tuple[Completion, ...]
+    usage: Usage
+    phases: RequestPhases
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    deltas: tuple[TokenDelta, ...]
+    finished: tuple[RequestOutput, ...]
+    stats: StepStats

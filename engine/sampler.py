@@ -1,0 +1,241 @@
+"""From logits to tokens: one pass over the whole batch for each thing that any of its rows asks for.
+
+    greedy                      one argmax
+    temperature                 softmax and cumulative sum over the vocabulary, one uniform number a row
+    top_k, top_p, min_p         the same over the most probable tokens only, sorted
+    penalties, logit_bias       on the rows that have them, before the above
+    log-probabilities           log-softmax of the model's own logits, on the rows that want it
+
+The draw is by inversion: one uniform number a token, so a row's token depends on its own logits and number
+and on nothing else in the batch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.sampling import SamplingParams, uniform_draw
+from engine.sequence import Sequence, TokenLogprob
+
+# Sorting a vocabulary is slow; nearly always the first few tokens hold all of top_p.
+_NUCLEUS_SIZES = (64, 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerRow:
+    """One token to choose.
+
+    Attributes:
+        row: Of the logits; several sequences may share one, right after a fork.
+    """
+
+    row: int
+    sequence: Sequence
+    params: SamplingParams
+    seed: int
+
+    @property
+    def draw(self) -> float:
+        return uniform_draw(self.seed, self.sequence.index, len(self.sequence.token_ids))
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """Attributes:
+    entry: `None` unless the request's parameters need log-probabilities.
+    """
+
+    token_id: int
+    entry: TokenLogprob | None
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, rows: SequenceOf[SamplerRow]) -> list[SampledToken]:
+    """Choose a token for each row. `logits`: `[num_rows, vocab_size]` float32, left as they are."""
+    if not rows:
+        return []
+    own = _select(logits, [row.row for row in rows])
+    changed = _apply_changes(own, rows)
+    token_ids = _choose(changed, rows)
+    entries = _score_rows(own, rows, token_ids)
+    return [SampledToken(token_id, entries.get(index)) for index, token_id in enumerate(token_ids)]
+
+
+@torch.inference_mode()
+def score(logits: Tensor, token_ids: SequenceOf[int], num_top: int) -> list[TokenLogprob]:
+    """The log-probability of a given token in each row, and of the `num_top` most probable ones."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None]).flatten().tolist()
+    values, ids = logprobs.topk(num_top)
+    return [
+        TokenLogprob(token_id, logprob, tuple(zip(row_ids, row_values, strict=True)))
+        for token_id, logprob, row_ids, row_values in zip(
+            token_ids, chosen, ids.tolist(), values.tolist(), strict=True
+        )
+    ]
+
+
+@torch.inference_mode()
+def most_probable(logits: Tensor, num_top: int) -> list[list[tuple[int, float]]]:
+    """Per row the `num_top` most probable tokens with their log-probabilities, best first."""
+    values, ids = torch.log_softmax(logits, dim=-1).topk(min(num_top, logits.shape[-1]))
+    pairs = zip(ids.tolist(), values.tolist(), strict=True)
+    return [list(zip(row_ids, row_values, strict=True)) for row_ids, row_values in pairs]
+
+
+def _select(logits: Tensor, rows: list[int]) -> Tensor:
+    if rows == list(range(logits.shape[0])):
+        return logits
+    return logits[torch.tensor(rows, device=logits.device)]
+
+
+def _choose(logits: Tensor, rows: SequenceOf[SamplerRow]) -> list[int]:
+    drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
+    if not drawn:
+        return _argmax(logits)
+    chosen = _argmax(logits) if len(drawn) < len(rows) else [0] * len(rows)
+    truncated = [index for index in drawn if _truncates(rows[index].params)]
+    untruncated = [index for index in drawn if not _truncates(rows[index].params)]
+    for group, draw_from in ((untruncated, _draw_from_all), (truncated, _draw_from_nucleus)):
+        if group:
+            group_rows = [rows[index] for index in group]
+            tokens = draw_from(_scaled(_select(logits, group), group_rows), group_rows)
+            for index, token_id in zip(group, tokens, strict=True):
+                chosen[index] = token_id
+    return chosen
+
+
+def _argmax(logits: Tensor) -> list[int]:
+    token_ids: list[int] = logits.argmax(dim=-1).tolist()
+    return token_ids
+
+
+def _truncates(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+
+
+def _scaled(logits: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
+    """Divide by the temperature, after moving the maximum to 0 so that no quotient overflows."""
+    temperatures = _column([row.params.temperature for row in rows], logits)
+    return (logits - logits.amax(dim=-1, keepdim=True)) / temperatures
+
+
+def _draw_from_all(scaled: Tensor, rows: SequenceOf[SamplerRow]) -> list[int]:
+    return _invert(torch.softmax(scaled, dim=-1), rows)
+
+
+def _draw_from_nucleus(scaled: Tensor, rows: SequenceOf[SamplerRow]) -> list[int]:
+    """Keep what min_p, then top_k, then top_p leave, and draw from that."""
+    probabilities = torch.softmax(scaled, dim=-1)
+    sorted_probabilities, sorted_ids = _most_probable_enough(probabilities, rows)
+    kept = sorted_probabilities * _is_kept(sorted_probabilities, rows)
+    places = torch.tensor(_invert(kept, rows), device=scaled.device)
+    token_ids: list[int] = sorted_ids.gather(1, places[:, None]).flatten().tolist()
+    return token_ids
+
+
+def _most_probable_enough(probabilities: Tensor, rows: SequenceOf[SamplerRow]) -> tuple[Tensor, Tensor]:
+    """The head of each row, sorted, long enough to hold all that the row's parameters can keep."""
+    vocab_size = probabilities.shape[-1]
+    for size in _NUCLEUS_SIZES:
+        if size >= vocab_size:
+            break
+        values, ids = probabilities.topk(size)
+        if _holds_nucleus(values, rows, size):
+            return values, ids
+    return torch.sort(probabilities, dim=-1, descending=True, stable=True)
+
+
+def _holds_nucleus(values: Tensor, rows: SequenceOf[SamplerRow], size: int) -> bool:
+    last = values[:, -1].tolist()
+    largest = values[:, 0].tolist()
+    total = values.sum(dim=-1).tolist()
+    return all(
+        0 < row.params.top_k <= size
+        or (row.params.min_p > 0.0 and last[i] < row.params.min_p * largest[i])
+        or (
+            row.params.top_p < 1.0
+            and row.params.top_k == 0
+            and row.params.min_p == 0.0
+            and total[i] >= row.params.top_p
+        )
+        for i, row in enumerate(rows)
+    )
+
+
+def _is_kept(values: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
+    """`[num_rows, head]` bool, for probabilities sorted in descending order."""
+    head = values.shape[-1]
+    min_p = _column([row.params.min_p for row in rows], values)
+    top_k = _column([float(row.params.top_k or head) for row in rows], values)
+    top_p = _column([row.params.top_p for row in rows], values)
+    kept = (values >= min_p * values[:, :1]) & (torch.arange(head, device=values.device) < top_k)
+    rest = values * kept
+    # top_p holds of what min_p and top_k have left: the shortest head that reaches it.
+    before = rest.cumsum(dim=-1) - rest
+    kept &= (before < top_p * rest.sum(dim=-1, keepdim=True)) | (top_p >= 1.0)
+    kept[:, 0] = True
+    return kept
+
+
+def _invert(weights: Tensor, rows: SequenceOf[SamplerRow]) -> list[int]:
+    """Per row the first place where the cumulative weight exceeds the row's uniform share of the total."""
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    target = _column([row.draw for row in rows], weights) * total
+    # Rounding may lift the target to the total itself, past the last token of any weight.
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    places: list[int] = torch.searchsorted(cumulative, target, right=True).flatten().tolist()
+    return places
+
+
+def _apply_changes(logits: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
+    """A copy with penalties and biases where any row has them, else the logits themselves."""
+    if not any(row.params.changes_logits for row in rows):
+        return logits
+    changed = logits.clone()
+    for index, row in enumerate(rows):
+        if row.params.changes_logits:
+            _apply_penalties(changed[index], row)
+    return changed
+
+
+def _apply_penalties(logits: Tensor, row: SamplerRow) -> None:
+    """In place, on one row `[vocab_size]`."""
+    params = row.params
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(row.sequence.token_ids)), device=logits.device)
+        values = logits[seen]
+        penalty = params.repetition_penalty
+        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    counts = Counter(row.sequence.output_token_ids)
+    if counts and (params.presence_penalty or params.frequency_penalty):
+        ids = torch.tensor(list(counts), device=logits.device)
+        occurrences = torch.tensor(list(counts.values()), device=logits.device)
+        logits[ids] -= params.presence_penalty + params.frequency_penalty * occurrences
+    if params.logit_bias:
+        ids = torch.tensor(list(params.logit_bias), device=logits.device)
+        logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+
+
+def _score_rows(
+    logits: Tensor, rows: SequenceOf[SamplerRow], token_ids: SequenceOf[int]
+) -> dict[int, TokenLogprob]:
+    wanted = [index for index, row in enumerate(rows) if row.params.needs_logprobs]
+    if not wanted:
+        return {}
+    num_top = max(rows[index].params.logprobs or 0 for index in wanted)
+    entries = score(_select(logits, wanted), [token_ids[index] for index in wanted], num_top)
+    return {
+        index: TokenLogprob(entry.token_id, entry.logprob, entry.top[: rows[index].params.logprobs or 0])
+        for index, entry in zip(wanted, entries, strict=True)
+    }
+
+
+def _column(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]

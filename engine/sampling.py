@@ -1,0 +1,160 @@
+"""What a request asks for, and the random numbers it draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from engine.errors import InvalidRequestError
+
+MAX_SEQUENCES_PER_REQUEST = 128
+MAX_TOP_LOGPROBS = 20
+_DRAW_BITS = 53  # what a float's mantissa holds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one request is decoded; the meanings are those of vLLM and of OpenAI's legacy completions.
+
+    Attributes:
+        max_tokens: Tokens generated per sequence; 0 only together with `echo`.
+        temperature: 0 is greedy, and then top_p, top_k, min_p and seed have no effect.
+        top_k: Sample among the k most probable tokens; 0 is off.
+        min_p: Drop tokens less probable than this fraction of the most probable one.
+        seed: The same seed and request give the same tokens, whatever else is in the batch, up to the
+            rounding of the model itself. `None` draws one.
+        n: Completions returned.
+        best_of: Sequences generated, of which the n with the highest mean log-probability are returned;
+            with beam search the width. `None` is n.
+        use_beam_search: Keep the `best_of` most probable sequences at each step. Temperature, top_p, top_k,
+            min_p, seed and penalties have no effect.
+        length_penalty: A beam's score is its log-probability divided by its length to this power.
+        early_stopping: Beam search ends as soon as `best_of` beams have finished.
+        stop: Strings that end a sequence; its text is cut before the first one.
+        stop_token_ids: Tokens that end a sequence, beside the model's own.
+        ignore_eos: The model's own end-of-sequence tokens do not end a sequence.
+        logprobs: Return the log-probability of each token and of this many most probable ones.
+        echo: The prompt comes before the completion, with its log-probabilities if those are asked for.
+        include_stop_str_in_output: Keep the stop string, or the text of the stop token.
+        presence_penalty, frequency_penalty: Subtracted once, or per occurrence, for generated tokens.
+        repetition_penalty: Divides positive, multiplies negative logits of tokens seen in prompt or output.
+        logit_bias: Added to the logits of these token ids.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    n: int = 1
+    best_of: int | None = None
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    echo: bool = False
+    include_stop_str_in_output: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._check_lengths()
+        self._check_distribution()
+        self._check_penalties()
+        self._check_stops()
+
+    @property
+    def width(self) -> int:
+        """Sequences generated side by side."""
+        return self.best_of or self.n
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether penalties or a bias move the distribution away from the model's own."""
+        return bool(
+            self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+            or self.logit_bias
+        )
+
+    @property
+    def needs_logprobs(self) -> bool:
+        """Whether the chosen tokens' log-probabilities are wanted, by the client or to rank sequences."""
+        return self.logprobs is not None or (self.width > self.n and not self.use_beam_search)
+
+    def _check_lengths(self) -> None:
+        _check_int("max_tokens", self.max_tokens, 0 if self.echo else 1, None)
+        _check_int("n", self.n, 1, MAX_SEQUENCES_PER_REQUEST)
+        if self.best_of is not None:
+            _check_int("best_of", self.best_of, self.n, MAX_SEQUENCES_PER_REQUEST)
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+
+    def _check_distribution(self) -> None:
+        _check_float("temperature", self.temperature, 0.0, None)
+        _check_float("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0.0:
+            raise InvalidRequestError("top_p", self.top_p, "must be above 0")
+        _check_int("top_k", self.top_k, 0, None)
+        _check_float("min_p", self.min_p, 0.0, 1.0)
+        if self.seed is not None:
+            _check_int("seed", self.seed, -(1 << 63), (1 << 63) - 1)
+
+    def _check_penalties(self) -> None:
+        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.0, None)
+        if self.repetition_penalty == 0.0:
+            raise InvalidRequestError("repetition_penalty", self.repetition_penalty, "must be above 0")
+        _check_float("length_penalty", self.length_penalty, None, None)
+        for token_id, bias in self.logit_bias.items():
+            _check_int("logit_bias", token_id, 0, None)
+            _check_float("logit_bias", bias, -100.0, 100.0)
+
+    def _check_stops(self) -> None:
+        if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
+            raise InvalidRequestError("stop", self.stop, "must be a tuple of strings that are not empty")
+        if not isinstance(self.stop_token_ids, tuple):
+            raise InvalidRequestError("stop_token_ids", self.stop_token_ids, "must be a tuple of token ids")
+        for token_id in self.stop_token_ids:
+            _check_int("stop_token_ids", token_id, 0, None)
+
+
+def uniform_draw(seed: int, sequence_index: int, position: int) -> float:
+    """A number in [0, 1) that depends on nothing but the arguments.
+
+    Counter-based, so a sequence that is preempted, forked or retried elsewhere needs no generator state to
+    go on with the same tokens, and a CPU and a GPU draw alike.
+    """
+    key = b"%d/%d/%d" % (seed, sequence_index, position)
+    digest = blake2b(key, digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> (64 - _DRAW_BITS)) / (1 << _DRAW_BITS)
+
+
+def _check_int(name: str, value: object, low: int, high: int | None) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):  # type: ignore[operator]  # narrowed by `whole`
+        rule = f"must be a whole number of at least {low}"
+        raise InvalidRequestError(name, value, rule if high is None else f"{rule} and at most {high}")
+
+
+def _check_float(name: str, value: object, low: float | None, high: float | None) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise InvalidRequestError(name, value, "must be a finite number")
+    if (low is not None and value < low) or (high is not None and value > high):
+        bounds = [f"at least {low:g}"] if low is not None else []
+        bounds += [f"at most {high:g}"] if high is not None else []
+        raise InvalidRequestError(name, value, f"must be {' and '.join(bounds)}")

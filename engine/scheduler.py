@@ -1,0 +1,282 @@
+"""Decides what each step runs. Pure policy: no torch, no clock, no effects but its own lists.
+
+A step is filled in this order, so that nothing that already produces tokens is held up by a prompt:
+
+    1. decode     every request that decodes, oldest first; blocks run out: the newest request is preempted
+    2. prefill    admitted prompts that are not through yet, oldest first, while the token budget lasts
+    3. admit      waiting requests in order, while budget, seats and blocks last; not after a preemption
+
+The blocks of all known tokens are taken at admission, so only decoding can run out of them. The waiting line
+is never overtaken, and a preempted request keeps its place, so none starves within a priority.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+from engine.block_manager import BlockCopy, BlockManager
+from engine.errors import InvariantError
+from engine.sequence import Request, RequestStatus, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """Tokens `start : start + num_tokens` of one sequence, to be run in this step."""
+
+    request: Request
+    sequence: Sequence
+    start: int
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether its last token's logits choose the next token."""
+        return self.start + self.num_tokens == len(self.sequence.token_ids)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it runs the token generated last, and not a prompt or tokens lost in a preemption."""
+        return self.num_tokens == 1 and self.samples and self.start >= self.sequence.num_prompt_tokens
+
+
+@dataclass(slots=True)
+class ScheduledBatch:
+    """What one step runs.
+
+    Attributes:
+        entries: Those with one token first.
+        copies: Blocks to copy before anything is written.
+        joined: Requests admitted in this step.
+        preempted: Requests whose blocks were taken; none of them has an entry.
+    """
+
+    entries: list[ScheduledSequence] = field(default_factory=list)
+    copies: list[BlockCopy] = field(default_factory=list)
+    joined: list[Request] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(entry.num_tokens for entry in self.entries)
+
+    def put_single_tokens_first(self) -> None:
+        self.entries.sort(key=lambda entry: entry.num_tokens != 1)
+
+
+class Scheduler:
+    """The waiting line and the running set, both kept in order of priority, then arrival."""
+
+    def __init__(self, blocks: BlockManager, *, max_num_sequences: int, max_num_batched_tokens: int) -> None:
+        self._blocks = blocks
+        self._max_num_sequences = max_num_sequences
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._waiting: list[Request] = []
+        self._running: list[Request] = []
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def add(self, request: Request) -> None:
+        """Append to the waiting line; `max_blocks_of` it must not exceed the cache."""
+        insort(self._waiting, request, key=_order)
+
+    def schedule(self) -> ScheduledBatch:
+        """Choose the next step's work and reserve its blocks; `commit` follows once it has run."""
+        batch = ScheduledBatch()
+        self._schedule_decodes(batch)
+        budget = self._max_num_batched_tokens - len(batch.entries)
+        decoding = {id(entry.request) for entry in batch.entries}
+        for request in self._running:
+            if id(request) not in decoding:
+                budget -= self._schedule_prefill(request, batch, budget)
+        if not batch.preempted:
+            self._admit(batch, budget)
+        batch.put_single_tokens_first()
+        return batch
+
+    def commit(self, batch: ScheduledBatch) -> None:
+        """Record that the step has run and its keys and values are in the cache."""
+        for entry in batch.entries:
+            entry.sequence.num_computed_tokens = entry.start + entry.num_tokens
+
+    def fork(self, request: Request) -> None:
+        """Once the prompt is computed: one sequence becomes `params.width`, sharing all blocks."""
+        root = request.sequences[0]
+        request.sequences += [self.fork_sequence(root, index) for index in range(1, request.params.width)]
+        request.is_forked = True
+
+    def fork_sequence(self, parent: Sequence, index: int) -> Sequence:
+        return Sequence(
+            index=index,
+            token_ids=list(parent.token_ids),
+            num_prompt_tokens=parent.num_prompt_tokens,
+            num_computed_tokens=parent.num_computed_tokens,
+            block_table=self._blocks.fork(parent.block_table),
+            cumulative_logprob=parent.cumulative_logprob,
+            logprobs=list(parent.logprobs),
+        )
+
+    def replace_sequences(self, request: Request, sequences: list[Sequence]) -> None:
+        """Continue with forks of the old sequences (see `fork_sequence`), and drop the old ones."""
+        for sequence in request.sequences:
+            self._blocks.release(sequence.block_table)
+        request.sequences = sequences
+        request.is_forked = True
+
+    def finish_sequence(self, request: Request, sequence: Sequence) -> None:
+        """Free the sequence's blocks; with the last sequence the request leaves."""
+        self._blocks.release(sequence.block_table)
+        request.sequences.remove(sequence)
+        if not request.sequences:
+            self.remove(request)
+
+    def remove(self, request: Request) -> None:
+        """Take the request out, wherever it is; its blocks are free at once."""
+        line = self._running if request.status is RequestStatus.RUNNING else self._waiting
+        line.remove(request)
+        self._release(request)
+        request.status = RequestStatus.FINISHED
+
+    def check_invariants(self) -> None:
+        """Raises InvariantError if blocks, seats or the cached lengths do not add up."""
+        self._blocks.check_invariants(sequence.block_table for sequence in self._sequences())
+        if self._num_seats_taken() > self._max_num_sequences:
+            raise InvariantError(f"{self._num_seats_taken()} seats taken of {self._max_num_sequences}")
+        for request in self._waiting:
+            if any(sequence.block_table for sequence in request.sequences):
+                raise InvariantError("a waiting request holds blocks")
+        for sequence in self._sequences():
+            if self._blocks.num_blocks_for(sequence.num_computed_tokens) > len(sequence.block_table):
+                raise InvariantError("a sequence counts tokens as cached that it has no blocks for")
+
+    def _schedule_decodes(self, batch: ScheduledBatch) -> None:
+        for request in list(self._running):
+            # An older request may have preempted this one meanwhile.
+            if request.status is not RequestStatus.RUNNING or not request.is_decoding:
+                continue
+            if self._reserve_decode(request, batch):
+                batch.entries += [
+                    ScheduledSequence(request, sequence, sequence.num_computed_tokens, 1)
+                    for sequence in request.sequences
+                ]
+
+    def _reserve_decode(self, request: Request, batch: ScheduledBatch) -> bool:
+        """Make each sequence's next slot writable; False if the request itself had to be preempted."""
+        copies: list[BlockCopy] = []
+        for sequence in request.sequences:
+            while not self._blocks.can_write(sequence.block_table, sequence.num_computed_tokens):
+                victim = self._running[-1]
+                self._preempt(victim, batch)
+                if victim is request:
+                    return False
+            copy = self._blocks.make_writable(sequence.block_table, sequence.num_computed_tokens)
+            if copy is not None:
+                copies.append(copy)
+        batch.copies += copies
+        return True
+
+    def _schedule_prefill(self, request: Request, batch: ScheduledBatch, budget: int) -> int:
+        """Add chunks of the request's uncomputed tokens; returns how many tokens that took.
+
+        Several sequences are filled up to their last token only: they then decode it together, in one step.
+        """
+        taken = 0
+        keep = 1 if len(request.sequences) > 1 else 0
+        num_led = request.sequences[0].num_computed_tokens
+        for sequence in request.sequences:
+            num_tokens = min(sequence.num_uncomputed_tokens - keep, budget - taken)
+            if num_tokens > 0 and sequence.num_borrowed_tokens <= num_led:
+                start = sequence.num_computed_tokens
+                batch.entries.append(ScheduledSequence(request, sequence, start, num_tokens))
+                taken += num_tokens
+        return taken
+
+    def _admit(self, batch: ScheduledBatch, budget: int) -> None:
+        num_seats = self._num_seats_taken() if self._waiting else 0
+        while self._waiting and budget > 0:
+            request = self._waiting[0]
+            # A free block for each running sequence, or the newcomer would soon be preempted for one of them.
+            num_free = self._blocks.num_free - num_seats
+            num_seats += request.num_seats
+            if num_seats > self._max_num_sequences or not self._place(request, num_free):
+                return
+            del self._waiting[0]
+            insort(self._running, request, key=_order)
+            request.status = RequestStatus.RUNNING
+            batch.joined.append(request)
+            budget -= self._schedule_prefill(request, batch, budget)
+
+    def _place(self, request: Request, num_free: int) -> bool:
+        """Take the blocks of all known tokens, or none if that would be more than `num_free`.
+
+        After a preemption the sequences share what they have in common with the first one, as they did
+        before; else a request that once fitted might never fit again.
+        """
+        leader, *followers = request.sequences
+        num_common = [self._num_common_blocks(leader, follower) for follower in followers]
+        num_needed = self._blocks.num_blocks_for(len(leader.token_ids)) + sum(
+            self._blocks.num_blocks_for(len(follower.token_ids)) - common
+            for follower, common in zip(followers, num_common, strict=True)
+        )
+        if num_needed > num_free:
+            return False
+        self._blocks.extend(leader.block_table, len(leader.token_ids))
+        for follower, common in zip(followers, num_common, strict=True):
+            follower.block_table = self._blocks.fork(leader.block_table, common)
+            follower.num_borrowed_tokens = common * self._blocks.block_size
+            follower.num_computed_tokens = follower.num_borrowed_tokens
+            self._blocks.extend(follower.block_table, len(follower.token_ids))
+        return True
+
+    def _num_common_blocks(self, leader: Sequence, follower: Sequence) -> int:
+        """Full blocks of equal tokens; the last token stays out, for each sequence runs its own."""
+        pairs = zip(leader.token_ids[:-1], follower.token_ids[:-1], strict=False)
+        num_common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return num_common // self._blocks.block_size
+
+    def _preempt(self, request: Request, batch: ScheduledBatch) -> None:
+        self._running.remove(request)
+        self._release(request)
+        request.status = RequestStatus.WAITING
+        insort(self._waiting, request, key=_order)
+        batch.preempted.append(request)
+
+    def _release(self, request: Request) -> None:
+        for sequence in request.sequences:
+            self._blocks.release(sequence.block_table)
+            sequence.num_computed_tokens = 0
+            sequence.num_borrowed_tokens = 0
+
+    def _num_seats_taken(self) -> int:
+        return sum(request.num_seats for request in self._running)
+
+    def _sequences(self) -> Iterator[Sequence]:
+        for request in (*self._waiting, *self._running):
+            yield from request.sequences
+
+
+def max_blocks_of(block_size: int, num_prompt_tokens: int, width: int, max_tokens: int) -> int:
+    """Blocks a request can come to hold: its full prompt blocks once, the rest for each of `width` sequences.
+
+    A request of at most as many blocks as the cache has can always run to its end, if need be alone.
+    """
+    num_shared = num_prompt_tokens // block_size if width > 1 else 0
+    # The last token generated is never run, so it needs no slot.
+    num_own_tokens = num_prompt_tokens - num_shared * block_size + max(0, max_tokens - 1)
+    per_sequence = -(-num_own_tokens // block_size)
+    return num_shared + width * per_sequence
+
+
+def _order(request: Request) -> tuple[int, int]:
+    return request.order

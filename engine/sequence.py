@@ -1,0 +1,102 @@
+"""A request's tokens and where it stands; data for the scheduler, no policy and no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from engine.sampling import SamplingParams
+
+
+class RequestStatus(Enum):
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The log-probability of one token and of the most probable tokens in its place, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens of one stream, and which of them the KV cache holds.
+
+    Attributes:
+        index: Which of the request's sequences; keys its random numbers.
+        token_ids: Prompt, then output.
+        num_computed_tokens: Leading tokens whose keys and values are in the cache, or will be once the
+            request's leader has computed its part (`num_borrowed_tokens`).
+        block_table: Blocks of the cache in token order; owned by the block manager's reference counts.
+        num_borrowed_tokens: After a preemption: leading tokens whose blocks are shared with the request's
+            first sequence, which computes them.
+        cumulative_logprob: Of the output tokens, where log-probabilities are computed.
+        logprobs: One entry per output token, where the client asked for them.
+    """
+
+    index: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    num_computed_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    num_borrowed_tokens: int = 0
+    cumulative_logprob: float = 0.0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    def append(self, token_id: int) -> None:
+        self.token_ids.append(token_id)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One generation.
+
+    A request starts with one sequence. Once its prompt is computed it is forked into `params.width` of them,
+    which from then on decode in the same steps.
+
+    Attributes:
+        arrival_number: Grows with each request added; a preempted request keeps it, and so its place.
+        seed: The client's, or one drawn for it.
+        sequences: Those alive, the first one being the leader when the cache is refilled.
+    """
+
+    request_id: str
+    params: SamplingParams
+    priority: int
+    arrival_number: int
+    seed: int
+    sequences: list[Sequence]
+    status: RequestStatus = RequestStatus.WAITING
+    is_forked: bool = False
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Smaller is served first and preempted last."""
+        return self.priority, self.arrival_number
+
+    @property
+    def num_seats(self) -> int:
+        """Sequences it runs, or will run once forked."""
+        return len(self.sequences) if self.is_forked else self.params.width
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether each sequence lacks exactly its last token in the cache."""
+        return all(sequence.num_uncomputed_tokens == 1 for sequence in self.sequences)
