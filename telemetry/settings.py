@@ -154,7 +154,10 @@ def _default_endpoint(environ: Mapping[str, str]) -> _Setting | None:
 
 def _split(endpoint: _Setting) -> tuple[bool, SplitResult]:
     has_scheme = "://" in endpoint.value
-    parts = urlsplit(endpoint.value if has_scheme else f"//{endpoint.value}")
+    try:
+        parts = urlsplit(endpoint.value if has_scheme else f"//{endpoint.value}")
+    except ValueError as error:
+        raise _refused(endpoint, "the address must be host:port, or [IPv6]:port") from error
     if has_scheme and parts.scheme not in _PLAINTEXT_BY_SCHEME:
         raise _refused(endpoint, "the scheme must be grpc, grpcs, http or https, or be left out")
     try:
@@ -204,7 +207,7 @@ def _grpc_url(endpoint: _Setting, scheme: str, parts: SplitResult, warnings: lis
             f"spans are lost unless gRPC does listen there (its usual port is {_GRPC_PORT})"
         )
     # A path means nothing to gRPC. Without a port TLS goes to 443, as hosted collectors expect.
-    netloc = parts.netloc
+    netloc = parts.netloc.rpartition("@")[2]
     if parts.port is None and scheme == "http":
         netloc = f"{netloc}:{_GRPC_PORT}"
     return f"{scheme}://{netloc}"

@@ -39,7 +39,7 @@ def check_trace_invariants(
         external: span ids that are nobody's of ours: a client's parent, a link's target elsewhere.
         foreign_services: services (the client's) whose span names and attributes are their own.
         canaries: texts of prompts and outputs, which no string of any span may contain.
-        failed_job_ids: the jobs that ended as failed; exactly their last attempt is an error; None asks nothing.
+        failed_job_ids: the jobs that ended as failed; their last attempts, no others, are errors. None: not asked.
     """
     ours = [span for span in spans if span.service not in foreign_services]
     breaches = [
@@ -169,8 +169,10 @@ def _content(spans: Sequence[SpanRecord], canaries: list[str]) -> Iterator[str]:
 def _strings(span: SpanRecord) -> Iterator[str]:
     yield from (span.name, span.status_message)
     yield from _texts(span.attributes)
-    for part in (*span.events, *span.links):
-        yield from _texts(part.attributes)
+    for event in span.events:
+        yield from (event.name, *_texts(event.attributes))
+    for link in span.links:
+        yield from _texts(link.attributes)
 
 
 def _texts(value: Value) -> Iterator[str]:
