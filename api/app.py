@@ -1,0 +1,117 @@
+"""The HTTP process: `uvicorn --factory api.app:create_app`. Wiring and lifespan only."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from api.bodies import invalid_request
+from api.errors import ApiError, error_body, error_response
+from api.middleware import BodyLimit, RequestContext
+from api.routes import completions, health, jobs, models
+from api.services import Connect, redis_backends, run_services
+from api.settings import ApiSettings
+from jobs.errors import JobsError
+from jobs.settings import JobsSettings, read_settings
+from telemetry import setup
+from telemetry.celery import instrument_celery
+from telemetry.http import instrument_api
+from telemetry.log import LogFormat, configure_logging
+
+SERVICE_NAME = "throughline-api"
+TELEMETRY_SECONDS = 3.0
+"""What a stop may spend on sending the last spans."""
+
+
+def create_app() -> FastAPI:
+    """The app of a process of its own, from the environment: settings, logs, tracing, Redis.
+
+    Raises:
+        SettingsError: of `jobs` or `telemetry`; names the variable, its value and the rule.
+    """
+    settings, jobs_settings = read_settings(ApiSettings), read_settings(JobsSettings)
+    configure_logging(SERVICE_NAME, LogFormat.from_environment(os.environ))
+    telemetry = setup.configure(SERVICE_NAME)
+    instrument_celery()
+    return build_app(
+        settings, redis_backends(jobs_settings), at_end=lambda: telemetry.shutdown(TELEMETRY_SECONDS)
+    )
+
+
+def build_app(
+    settings: ApiSettings, connect: Connect, *, at_end: Callable[[], None] | None = None
+) -> FastAPI:
+    """The app over any backends.
+
+    Args:
+        settings: limits.
+        connect: opens the backends when the app starts and closes them when it ends.
+        at_end: called in a thread once everything else has stopped.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        try:
+            async with run_services(settings, connect) as services:
+                app.state.services = services
+                yield
+        finally:
+            if at_end is not None:
+                await asyncio.to_thread(at_end)
+
+    app = FastAPI(
+        title="Throughline",
+        lifespan=lifespan,
+        redirect_slashes=False,
+        # Spans come from instrument_api alone.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
+    for module in (jobs, completions, models, health):
+        app.include_router(module.router)
+    _handle_errors(app)
+    # Added last is outermost.
+    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(RequestContext)
+    instrument_api(app)
+    return app
+
+
+def _handle_errors(app: FastAPI) -> None:
+    app.add_exception_handler(ApiError, _answer_own)
+    app.add_exception_handler(JobsError, _answer_own)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+
+
+async def _answer_own(request: Request, error: Any) -> JSONResponse:
+    return error_response(error)
+
+
+async def _answer_invalid(request: Request, error: Any) -> JSONResponse:
+    faults = [{**fault, "loc": fault["loc"][1:]} for fault in error.errors()]
+    return error_response(invalid_request(faults))
+
+
+async def _answer_http(request: Request, error: Any) -> JSONResponse:
+    """Starlette's own refusals: unknown routes, wrong methods."""
+    code: str | None
+    match error.status_code:
+        case 404:
+            message, code = f"unknown route: {request.method} {request.url.path}", "unknown_route"
+        case 405:
+            message, code = f"{request.url.path} does not take {request.method}", "method_not_allowed"
+        case _:
+            message, code = str(error.detail), None
+    return JSONResponse(
+        error_body(message, "invalid_request_error", code),
+        status_code=error.status_code,
+        headers=error.headers,
+    )

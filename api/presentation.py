@@ -1,0 +1,115 @@
+"""From stored documents to the objects that clients read."""
+
+from __future__ import annotations
+
+from api.schemas import (
+    CompletionChoice,
+    CompletionObject,
+    ErrorFields,
+    JobLinks,
+    JobObject,
+    ModelObject,
+    PromptTokensDetails,
+    UsageObject,
+)
+from jobs.model import Job, JobResult, Usage
+from jobs.registry import ServedModel
+from jobs.states import JobState
+
+
+def job_object(job: Job) -> JobObject:
+    path = f"/v1/jobs/{job.id}"
+    return JobObject(
+        id=job.id,
+        status=job.state,
+        done=job.state.is_final,
+        model=job.model,
+        created_at=int(job.created_at),
+        queued_at=int(job.queued_at),
+        in_progress_at=_seconds(job.in_progress_at),
+        completed_at=_ended_as(job, JobState.COMPLETED),
+        failed_at=_ended_as(job, JobState.FAILED),
+        cancelling_at=_seconds(job.cancelling_at),
+        cancelled_at=_ended_as(job, JobState.CANCELLED),
+        expired_at=_ended_as(job, JobState.EXPIRED),
+        expires_at=_seconds(job.expires_at),
+        result_expires_at=_seconds(job.result_expires_at),
+        priority=job.priority,
+        num_prompts=job.num_prompts,
+        attempts=job.attempts,
+        max_attempts=job.max_attempts,
+        usage=usage_object(job.usage) if job.usage else None,
+        timings=job.timings,
+        trace_id=job.trace_id,
+        traceparent=job.traceparent,
+        error=_error(job),
+        result=completion_object(job, job.result) if job.result else None,
+        metadata=job.metadata,
+        links=JobLinks(self=path, result=f"{path}/result", cancel=f"{path}/cancel"),
+    )
+
+
+def completion_object(job: Job, result: JobResult) -> CompletionObject:
+    """OpenAI's shape; choices are numbered through all prompts."""
+    choices = [choice for item in result.items for choice in item.choices]
+    return CompletionObject(
+        id=f"cmpl-{job.id}",
+        created=int(job.created_at),
+        model=job.model,
+        choices=[
+            CompletionChoice(
+                index=index,
+                text=choice.text,
+                logprobs=choice.logprobs,
+                finish_reason=choice.finish_reason,
+                stop_reason=choice.stop_reason,
+            )
+            for index, choice in enumerate(choices)
+        ],
+        usage=usage_object(result.usage),
+    )
+
+
+def usage_object(usage: Usage) -> UsageObject:
+    return UsageObject(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        total_tokens=usage.total_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
+    )
+
+
+def model_object(model: ServedModel, *, created: int) -> ModelObject:
+    card = model.card
+    return ModelObject(
+        id=card.name,
+        created=created,
+        aliases=card.aliases,
+        max_model_len=card.max_model_len,
+        max_logprobs=card.max_logprobs,
+        architecture=card.architecture,
+        dtype=card.dtype,
+        device=card.device,
+        num_workers=model.num_workers,
+    )
+
+
+def _error(job: Job) -> ErrorFields | None:
+    """Only of a job that ended as failed: the failure of an attempt that is retried is not the job's."""
+    if job.state is not JobState.FAILED or job.failure is None:
+        return None
+    return ErrorFields(
+        message=job.failure.message,
+        type="server_error",
+        code=job.failure.reason,
+        trace_id=job.trace_id,
+        job_id=job.id,
+    )
+
+
+def _ended_as(job: Job, state: JobState) -> int | None:
+    return _seconds(job.finished_at) if job.state is state else None
+
+
+def _seconds(at: float | None) -> int | None:
+    return None if at is None else int(at)

@@ -1,0 +1,125 @@
+"""What the routes work with, and where it comes from: Redis in production, one process's memory in tests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Annotated
+from uuid import uuid4
+
+from fastapi import Depends, Request
+
+from api.catalog import Catalog
+from api.intake import Intake, IntakeLimits
+from api.prompts import Prompts
+from api.settings import ApiSettings
+from api.submission import Submission, SubmissionLimits
+from api.waiting import ReplyReader
+from jobs.clock import Clock, SystemClock
+from jobs.errors import StoreUnavailable
+from jobs.model import ReplicaId
+from jobs.queue import CeleryPublisher, Publisher, create_celery
+from jobs.redis_connection import connect_async
+from jobs.redis_registry import RedisModelDirectory
+from jobs.redis_store import RedisSubmissionStore
+from jobs.registry import ModelDirectory
+from jobs.settings import JobsSettings
+from jobs.store import SubmissionStore
+
+FORGET_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Backends:
+    """The outside world of the API."""
+
+    store: SubmissionStore
+    directory: ModelDirectory
+    publisher: Publisher
+    clock: Clock
+
+
+Connect = Callable[[], AbstractAsyncContextManager[Backends]]
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    settings: ApiSettings
+    clock: Clock
+    started_at: float
+    """Unix seconds."""
+    store: SubmissionStore
+    catalog: Catalog
+    intake: Intake
+    submission: Submission
+    replies: ReplyReader
+
+
+async def get_services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+Ready = Annotated[Services, Depends(get_services)]
+
+
+def redis_backends(settings: JobsSettings) -> Connect:
+    """Store, registry and broker in the settings' Redis; nothing is connected before its first use."""
+
+    @asynccontextmanager
+    async def connect() -> AsyncIterator[Backends]:
+        client = connect_async(settings)
+        try:
+            yield Backends(
+                store=RedisSubmissionStore(client, settings),
+                directory=RedisModelDirectory(client, settings),
+                publisher=CeleryPublisher(create_celery(settings)),
+                clock=SystemClock(),
+            )
+        finally:
+            await client.aclose()
+
+    return connect
+
+
+@asynccontextmanager
+async def run_services(settings: ApiSettings, connect: Connect) -> AsyncIterator[Services]:
+    """Services whose reply reader runs; at the end nothing of them is left, here or in the store."""
+    async with connect() as backends:
+        services = _build(settings, backends)
+        reader = asyncio.get_running_loop().create_task(services.replies.run(), name="reply-reader")
+        try:
+            yield services
+        finally:
+            await services.submission.close()
+            reader.cancel()
+            await asyncio.wait({reader})
+            with suppress(StoreUnavailable, TimeoutError):
+                async with asyncio.timeout(FORGET_SECONDS):
+                    await services.store.forget_replica(services.replies.replica)
+
+
+def _build(settings: ApiSettings, backends: Backends) -> Services:
+    catalog = Catalog(backends.directory, backends.clock, expected=settings.served_model_names)
+    intake_limits = IntakeLimits(
+        max_prompts=settings.max_prompts,
+        max_sequences=settings.max_sequences,
+        max_attempts=settings.max_attempts,
+    )
+    submission_limits = SubmissionLimits(
+        max_open_jobs=settings.max_open_jobs,
+        publish_threads=settings.publish_threads,
+        publish_timeout_seconds=settings.publish_timeout_seconds,
+    )
+    return Services(
+        settings=settings,
+        clock=backends.clock,
+        started_at=backends.clock.now(),
+        store=backends.store,
+        catalog=catalog,
+        intake=Intake(catalog, Prompts(backends.directory), backends.clock, intake_limits),
+        submission=Submission(backends.store, backends.publisher, backends.clock, submission_limits),
+        replies=ReplyReader(backends.store, ReplicaId(f"api-{uuid4().hex}")),
+    )

@@ -1,0 +1,135 @@
+"""Waiting for jobs by push: one reader for all waiters of this process.
+
+    settle script ──▶ reply stream of this replica ──▶ ReplyReader.run ──▶ a future for each waiter
+
+A waiter is known to the reader before its job is watched, and watching tells the state at that moment, so
+no ending falls between. After a cut the states of all awaited jobs are read again; the same is done every
+RECHECK_SECONDS, for a stream that was trimmed or lost without the client's library telling us.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+
+from jobs.errors import StoreUnavailable
+from jobs.model import JobId, ReplicaId
+from jobs.store import SubmissionStore
+
+READ_SECONDS = 2.0
+"""How long one read waits for news; under the store's socket timeout."""
+RECHECK_SECONDS = 30.0
+FIRST_PAUSE_SECONDS = 0.05
+LONGEST_PAUSE_SECONDS = 1.0
+RECHECKS_AT_ONCE = 32
+
+_logger = logging.getLogger(__name__)
+
+Ending = asyncio.Future[None]
+"""Done when its job is final, or gone."""
+
+
+class WaitOutcome(Enum):
+    ENDED = "ended"
+    TIMED_OUT = "timed_out"
+    CLIENT_GONE = "client_gone"
+
+
+class ReplyReader:
+    """Belongs to one event loop; `run` is its only reader."""
+
+    def __init__(self, store: SubmissionStore, replica: ReplicaId) -> None:
+        self.replica = replica
+        self._store = store
+        self._waiters: dict[JobId, set[Ending]] = {}
+
+    @property
+    def num_waiters(self) -> int:
+        return sum(map(len, self._waiters.values()))
+
+    async def run(self) -> None:
+        """Read and hand out until cancelled; a store that is away is waited for."""
+        position, pause = "0", FIRST_PAUSE_SECONDS
+        is_cut, checked_at = False, self._now()
+        while True:
+            try:
+                if is_cut or self._now() - checked_at > RECHECK_SECONDS:
+                    await self._recheck()
+                    is_cut, checked_at, pause = False, self._now(), FIRST_PAUSE_SECONDS
+                for reply in await self._store.read_replies(
+                    self.replica, position, block_seconds=READ_SECONDS
+                ):
+                    position = reply.position
+                    if reply.state.is_final:
+                        self._end(reply.id)
+            except Exception as error:  # the loop's edge: whatever it is, other waiters need the next round
+                if not is_cut:
+                    _log_cut(error, self.num_waiters)
+                is_cut = True
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    @contextmanager
+    def expect(self, id: JobId) -> Iterator[Ending]:
+        """An ending for a job that is about to be created with this replica as its watcher."""
+        ending: Ending = asyncio.get_running_loop().create_future()
+        self._waiters.setdefault(id, set()).add(ending)
+        try:
+            yield ending
+        finally:
+            endings = self._waiters.get(id, set())
+            endings.discard(ending)
+            if not endings:
+                self._waiters.pop(id, None)
+
+    async def wait(
+        self, id: JobId, seconds: float, *, client_gone: asyncio.Future[None] | None = None
+    ) -> WaitOutcome:
+        """Wait for a job that exists; ENDED also when it does not. Raises StoreUnavailable."""
+        with self.expect(id) as ending:
+            state = await self._store.watch(id, self.replica)
+            if state is None or state.is_final:
+                return WaitOutcome.ENDED
+            return await wait_for(ending, seconds, client_gone=client_gone)
+
+    async def _recheck(self) -> None:
+        """Watch every awaited job anew and end those that are final. Raises StoreUnavailable."""
+        ids = list(self._waiters)
+        for start in range(0, len(ids), RECHECKS_AT_ONCE):
+            some = ids[start : start + RECHECKS_AT_ONCE]
+            states = await asyncio.gather(*(self._store.watch(id, self.replica) for id in some))
+            for id, state in zip(some, states, strict=True):
+                if state is None or state.is_final:
+                    self._end(id)
+
+    def _end(self, id: JobId) -> None:
+        for ending in self._waiters.get(id, ()):
+            if not ending.done():
+                ending.set_result(None)
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
+
+
+async def wait_for(
+    ending: Ending, seconds: float, *, client_gone: asyncio.Future[None] | None = None
+) -> WaitOutcome:
+    """The first of the ending, the client's leaving and the time; the ending wins a tie."""
+    awaited = {ending} if client_gone is None else {ending, client_gone}
+    done, _ = await asyncio.wait(awaited, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    if ending in done:
+        return WaitOutcome.ENDED
+    return WaitOutcome.CLIENT_GONE if done else WaitOutcome.TIMED_OUT
+
+
+def _log_cut(error: Exception, num_waiters: int) -> None:
+    if isinstance(error, StoreUnavailable):
+        _logger.warning(
+            "Lost the reply stream with %d waiting; reading on when the store is back", num_waiters
+        )
+    else:
+        _logger.error("The reply reader failed and starts again: %s", type(error).__name__, exc_info=error)
