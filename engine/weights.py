@@ -59,19 +59,17 @@ def load_model(
     fields = ConfigFields.from_file(folder / "config.json")
     architecture, family = find_family(fields)
     tokenizer = Tokenizer.from_folder(folder)
-    fields = _with_effective_eos(fields, folder, tokenizer)
     report(f"loading the weights of {architecture}")
     checkpoint = Checkpoint.open(folder, name_prefix=family.name_prefix, dtype=dtype, device=device)
     model = family.load(fields, architecture, checkpoint)
     _check_vocabulary(folder, model.config, tokenizer)
-    return LoadedModel(model, model.config, tokenizer)
+    eos = _read_eos(folder) or model.config.eos_token_ids or tokenizer.eos_token_ids
+    return LoadedModel(model, model.config, tokenizer, GenerationConfig(eos))
 
 
-def _with_effective_eos(fields: ConfigFields, folder: Path, tokenizer: Tokenizer) -> ConfigFields:
+def _read_eos(folder: Path) -> tuple[int, ...]:
     path = folder / "generation_config.json"
-    generation = ConfigFields.from_file(path).token_ids("eos_token_id") if path.is_file() else ()
-    ids = generation or fields.token_ids("eos_token_id") or tokenizer.eos_token_ids
-    return ConfigFields(fields.source, {**fields.raw, "eos_token_id": list(ids)})
+    return ConfigFields.from_file(path).token_ids("eos_token_id") if path.is_file() else ()
 
 
 def _check_vocabulary(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
