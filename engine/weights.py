@@ -22,15 +22,23 @@ from engine.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """Attributes:
-    config: the model's; its `eos_token_ids` are those of `generation_config.json`, else of `config.json`,
-        else the tokenizer's.
+class GenerationConfig:
+    """What the folder says of generating.
+
+    Attributes:
+        eos_token_ids: those of `generation_config.json`, else of `config.json`, else the tokenizer's; any of
+            them ends a sequence.
     """
 
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
     model: CausalLM
     config: ModelConfig
     tokenizer: Tokenizer
+    generation_config: GenerationConfig
 
 
 def load_model(
