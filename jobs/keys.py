@@ -59,3 +59,7 @@ class Keys:
     @property
     def broker_unacked(self) -> str:
         return f"{self.broker_prefix}unacked"
+
+    @property
+    def broker_unacked_index(self) -> str:
+        return f"{self.broker_prefix}unacked_index"

@@ -1,9 +1,8 @@
 """The ledger of open jobs against what the broker holds.
 
 Celery on Redis can lose a message between its pop and its entry among the unacknowledged ones, and a
-delivery that met a foreign lease is dropped. The ledger knows every open job: whoever compares the two finds
-what
-must be published again.
+delivery that met a foreign lease is dropped. The ledger knows every open job: whoever compares the two
+finds what must be published again.
 """
 
 from __future__ import annotations
@@ -76,6 +75,12 @@ class Ledger:
                 for lease_expires_at, traceparent in [self._lease(JobId(id))]
                 if lease_expires_at <= now
             ]
+
+    def keep_messages(self, tags: list[str], *, now: float) -> None:
+        """Score messages that a live worker holds anew, so that the broker does not redeliver them."""
+        if tags:
+            with store_errors():
+                self._client.zadd(self._keys.broker_unacked_index, dict.fromkeys(tags, now), xx=True)
 
     def _queues(self) -> list[str]:
         return sorted(self._client.smembers(self._keys.queues))

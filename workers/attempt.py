@@ -29,6 +29,7 @@ from jobs.errors import StoreUnavailable
 from jobs.model import Failure, JobId, JobRequest, LeaseToken, WorkerId, new_lease_token
 from jobs.states import JobState
 from jobs.store import AttemptStore, Claim, ClaimOutcome, Settlement, SettleOutcome
+from telemetry.log import logged_job
 from workers.errors import CancelWished, DeadlinePassed, EngineLost, EngineRefused, LeaseLost
 from workers.holding import HeldJob, Holding
 from workers.observe import AttemptObserver
@@ -77,7 +78,10 @@ class AttemptRunner:
 
     def run(self, delivery: Delivery) -> Verdict:
         """Raises JobStopped when the worker shuts down; the job is queued again by then."""
-        received_at_ns = time_ns()
+        with logged_job(delivery.id):
+            return self._run(delivery, received_at_ns=time_ns())
+
+    def _run(self, delivery: Delivery, *, received_at_ns: int) -> Verdict:
         token = new_lease_token()
         claim = self._insist(lambda: self._claim(delivery.id, token))
         if claim is None:

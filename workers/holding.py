@@ -48,13 +48,16 @@ class Holding:
         lease_seconds: float,
         renew_seconds: float,
         is_healthy: Callable[[], bool],
+        keep_messages: Callable[[float], None] = lambda now: None,
     ) -> None:
+        """`keep_messages` is called with the time at each renewal, to renew the messages of the held jobs."""
         self._store = store
         self._worker = worker
         self._clock = clock
         self._lease_seconds = lease_seconds
         self._renew_seconds = renew_seconds
         self._is_healthy = is_healthy
+        self._keep_messages = keep_messages
         self._lock = threading.Lock()
         self._held: dict[LeaseToken, HeldJob] = {}
         self._is_stopping = threading.Event()
@@ -85,6 +88,7 @@ class Holding:
         Raises:
             StoreUnavailable: nothing changed; an overdue lease stays ours until another worker claims it.
         """
+        self._keep_messages(self._clock.now())
         held = {job.id: job for job in self._snapshot()}
         outcomes = self._store.renew(
             {id: job.token for id, job in held.items()},

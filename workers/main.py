@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from typing import Any
 
@@ -17,7 +19,7 @@ from telemetry import log
 from telemetry.celery import creation_context
 from workers.attempt import Delivery, Verdict
 from workers.errors import EngineStartError
-from workers.message_lease import message_lease
+from workers.pool import EnginePool
 from workers.service import SERVICE_NAME, WorkerService
 from workers.settings import WorkerSettings
 
@@ -56,12 +58,7 @@ app.conf.update(
     task_acks_late=True,
     task_queues=[declare_queue(name) for name in service.queues],
     worker_send_task_events=True,
-    worker_soft_shutdown_timeout=settings.shutdown_grace_seconds,
-    worker_enable_soft_shutdown_on_idle=True,
     worker_cancel_long_running_tasks_on_connection_loss=False,
-)
-app.steps["consumer"].add(
-    message_lease(renew_seconds=jobs_settings.renew_seconds, is_healthy=service.is_healthy)
 )
 
 
@@ -82,12 +79,16 @@ def generate(self: Any, job_id: str) -> None:
 
 
 @signals.setup_logging.connect(weak=False)  # type: ignore[untyped-decorator]  # celery's
-def configure_logging(loglevel: Any = None, **_: Any) -> None:
-    log.configure_logging(SERVICE_NAME)
+def configure_logging(**_: Any) -> None:
+    """Our own format; Celery's two lines a task go, for the attempt logs its outcome itself."""
+    log.configure_logging(SERVICE_NAME, log.LogFormat.from_environment(os.environ))
+    for chatty in ("celery.worker.strategy", "celery.app.trace"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 @signals.worker_init.connect(weak=False)  # type: ignore[untyped-decorator]  # celery's
 def start(**_: Any) -> None:
+    EnginePool.grace_seconds = settings.shutdown_grace_seconds
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     try:
         service.start()

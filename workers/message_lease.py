@@ -1,18 +1,18 @@
-"""A bootstep that keeps the broker from redelivering messages that this worker still holds.
+"""Keeps the broker from redelivering messages that this worker still holds.
 
 Kombu scores a message with its delivery time and never again, so a short visibility timeout would run
-every long job twice. This step scores the held messages anew while the engine is healthy; the
-visibility timeout then means "seconds since the worker was last alive" and can be short.
+every long job twice. Here the held messages are known by their delivery tags, and the worker's keeper thread
+scores them anew while the engine is healthy (`jobs.ledger.Ledger.keep_messages`); the visibility timeout
+then means "seconds since the worker was last alive" and can be short. Not by the event loop's timer: the loop
+stands still while a worker shuts down.
 
-When the connection breaks, kombu puts all held messages back although the jobs still run here. This
-step moves them to the new channel instead, to be acknowledged there. It leans on kombu internals
-(`message.channel`, `qos.append`, `qos.restore_by_tag`, `unacked_index_key`), hence the pin on 5.7.
+When the connection breaks, kombu puts all held messages back although the jobs still run here. The
+bootstep moves them to the new channel instead, to be acknowledged there. It leans on kombu internals
+(`message.channel`, `qos.append`, `qos.restore_by_tag`), hence the pin on 5.7.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 from celery import bootsteps, signals
@@ -20,49 +20,49 @@ from celery.worker import state
 from kombu.transport.redis import Channel
 
 
-def message_lease(*, renew_seconds: float, is_healthy: Callable[[], bool]) -> type[Any]:
-    """A consumer bootstep class for `app.steps["consumer"]`; one a process."""
-    held: dict[str, Any] = {}
-    Channel.do_restore = False
+class HeldMessages:
+    """The messages that Celery received and has not acknowledged. One a process."""
 
-    def receive(request: Any = None, **_: Any) -> None:
-        held[request.message.delivery_tag] = request
+    def __init__(self) -> None:
+        self._requests: dict[str, Any] = {}
 
-    def give_back_on_shutdown(**_: Any) -> None:
+    def install(self, app: Any) -> None:
+        """Listen to Celery's signals and add the carry-over to its consumer."""
+        Channel.do_restore = False
+        signals.task_received.connect(self._receive, weak=False)
+        signals.worker_shutting_down.connect(self._give_back_on_shutdown, weak=False)
+        app.steps["consumer"].add(_carry_over_step(self))
+
+    def tags(self) -> list[str]:
+        for tag, request in list(self._requests.items()):
+            if request.message.acknowledged:
+                self._requests.pop(tag, None)
+        return list(self._requests)
+
+    def carry_over(self, channel: Any) -> None:
+        """Runs at the first connection and after each reconnect."""
+        for tag in self.tags():
+            request = self._requests[tag]
+            request.message.channel = channel
+            if request.id in state.requests or request.time_start:
+                channel.qos.append(request.message, tag)
+            else:  # Celery dropped it before it began
+                self._requests.pop(tag, None)
+                channel.qos.restore_by_tag(tag)
+
+    def _receive(self, request: Any = None, **_: Any) -> None:
+        self._requests[request.message.delivery_tag] = request
+
+    @staticmethod
+    def _give_back_on_shutdown(**_: Any) -> None:
         Channel.do_restore = True
 
-    signals.task_received.connect(receive, weak=False)
-    signals.worker_shutting_down.connect(give_back_on_shutdown, weak=False)
 
-    class MessageLease(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyped
+def _carry_over_step(held: HeldMessages) -> type[Any]:
+    class CarryOver(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyped
         requires = ("celery.worker.consumer.tasks:Tasks",)
 
         def start(self, consumer: Any) -> None:
-            """Runs at the first connection and after each reconnect."""
-            channel = consumer.task_consumer.channel
-            for tag, request in list(held.items()):
-                message = request.message
-                if message.acknowledged:
-                    held.pop(tag, None)
-                    continue
-                message.channel = channel
-                if request.id in state.requests or request.time_start:
-                    channel.qos.append(message, tag)
-                else:  # Celery dropped it before it began
-                    held.pop(tag, None)
-                    channel.qos.restore_by_tag(tag)
+            held.carry_over(consumer.task_consumer.channel)
 
-        def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
-            hub.call_repeatedly(renew_seconds, self.renew, consumer)
-
-        def renew(self, consumer: Any) -> None:
-            for tag, request in list(held.items()):
-                if request.message.acknowledged:
-                    held.pop(tag, None)
-            if not held or not is_healthy() or not consumer.task_consumer:
-                return
-            channel = consumer.task_consumer.channel
-            with channel.conn_or_acquire() as client:
-                client.zadd(channel.unacked_index_key, dict.fromkeys(held, time.time()), xx=True)
-
-    return MessageLease
+    return CarryOver

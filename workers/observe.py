@@ -62,7 +62,7 @@ class AttemptObserver:
         state = _DROPPED_AS.get(outcome)
         error = "worker_lost" if outcome is ClaimOutcome.EXHAUSTED else None
         spans.mark_outcome(state.value if state else outcome.value, error_type=error)
-        logger.info("message dropped: %s", outcome.value, extra={"job_id": delivery.id})
+        logger.info("message dropped: %s", outcome.value)
 
     def generated(
         self,
@@ -85,17 +85,17 @@ class AttemptObserver:
         error = settlement.failure.reason if state is JobState.FAILED and settlement.failure else None
         spans.mark_outcome(state.value, error_type=error)
         if outcome in (SettleOutcome.SETTLED, SettleOutcome.CANCELLED):
-            logger.info("job %s%s", state.value, f": {error}" if error else "", extra={"job_id": delivery.id})
+            logger.info("job %s%s", state.value, f": {error}" if error else "")
         else:
-            logger.warning("result refused: %s", outcome.value, extra={"job_id": delivery.id})
+            logger.warning("result refused: %s", outcome.value)
 
     def given_back(self, delivery: Delivery, failure: Failure) -> None:
         spans.mark_outcome(JobState.QUEUED.value, error_type=failure.reason)
-        logger.warning("job given back: %s", failure.message, extra={"job_id": delivery.id})
+        logger.warning("job given back: %s", failure.message)
 
     def lease_lost(self, delivery: Delivery) -> None:
         spans.mark_outcome("lease_lost", error_type="lease_lost")
-        logger.warning("lease lost; the result is dropped", extra={"job_id": delivery.id})
+        logger.warning("lease lost; the result is dropped")
 
     def _record(
         self, delivery: Delivery, params: SamplingParams, output: RequestOutput, prompt: str | None

@@ -74,12 +74,20 @@ def current_handle() -> TaskHandle:
 
 
 class EnginePool(TaskPool):  # type: ignore[misc]  # celery is untyped
-    """Threads that wait; as many as jobs may be held at once."""
+    """Threads that wait; as many as jobs may be held at once.
+
+    Celery's soft shutdown sleeps its whole timeout inside a signal handler, with the event loop and so all
+    acknowledgements standing still. Instead, a warm shutdown (SIGTERM) ends here: what runs may finish for
+    `grace_seconds`, then it is stopped and given back.
+    """
+
+    grace_seconds = 25.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._handles: dict[int, TaskHandle] = {}
         self._numbers = itertools.count(1)
+        self._idle = threading.Condition()
 
     def on_apply(
         self,
@@ -112,6 +120,21 @@ class EnginePool(TaskPool):  # type: ignore[misc]  # celery is untyped
 
         return ApplyResult(self.executor.submit(run))
 
+    def on_stop(self) -> None:
+        self.executor.shutdown(wait=False, cancel_futures=True)
+        deadline = monotonic() + self.grace_seconds
+        with self._idle:
+            while self._handles and monotonic() < deadline:
+                self._idle.wait(deadline - monotonic())
+            remaining = list(self._handles.values())
+        for handle in remaining:
+            handle.end(JobStopped("the worker shuts down"))
+        super().on_stop()
+
+    def on_terminate(self) -> None:
+        self.grace_seconds = 0.0
+        self.on_stop()
+
     def terminate_job(self, pid: int, signal: Any = None) -> None:
         """End the task that was accepted under the handle number `pid`."""
         if handle := self._handles.get(pid):
@@ -125,7 +148,9 @@ class EnginePool(TaskPool):  # type: ignore[misc]  # celery is untyped
                 yield
         finally:
             _thread.handle = None
-            self._handles.pop(handle.number, None)
+            with self._idle:
+                self._handles.pop(handle.number, None)
+                self._idle.notify_all()
 
     @contextmanager
     def _limits(

@@ -11,6 +11,7 @@ from jobs.ledger import Ledger, LostJob
 from jobs.model import JobId, WorkerId
 from jobs.queue import Publisher
 from telemetry.celery import publishing_again
+from telemetry.log import logged_job
 from telemetry.spans import extract
 
 logger = logging.getLogger(__name__)
@@ -55,8 +56,8 @@ class Reconciler:
         return [job.id for job in again]
 
     def _publish(self, job: LostJob) -> None:
-        logger.warning("the broker had lost this job; published again", extra={"job_id": job.id})
-        with publishing_again(extract({"traceparent": job.traceparent})):
+        with logged_job(job.id), publishing_again(extract({"traceparent": job.traceparent})):
+            logger.warning("the broker had lost this job; published again")
             self._publisher.publish(job.id, job.queue, enqueued_at_ns=int(self._clock.now() * 1e9))
 
     def _run(self) -> None:

@@ -11,6 +11,7 @@ for tests and debugging.
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -19,7 +20,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from time import monotonic
 from typing import Protocol
@@ -296,14 +296,14 @@ class EngineChild:
     """The process and our end of its connection."""
 
     def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
+        self._line, theirs = socket.socketpair()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "workers.engine_process", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
         )
         theirs.close()
-        self.connection = Connection(ours.detach())
+        self.connection = Connection(os.dup(self._line.fileno()))
 
     def load(self, config: EngineConfig, timeout_seconds: float) -> ModelFacts:
         try:
@@ -329,12 +329,21 @@ class EngineChild:
 
     def close(self) -> int:
         """Close the connection, which ends the process, and kill it when it does not go; its exit code."""
-        self.connection.close()
+        hang_up(self._line)
         try:
             return self.process.wait(2)
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.process.wait()
+
+
+def hang_up(line: socket.socket) -> None:
+    """End a connection under a thread that reads from it: it sees the end, where a close would pull the
+    descriptor away from it.
+    """
+    with suppress(OSError):
+        line.shutdown(socket.SHUT_RDWR)
+    line.close()
 
 
 def describe_exit(code: int) -> str:
@@ -348,6 +357,7 @@ class InlineRuntime:
         self._config = config
         self._table = GenerationTable()
         self._lock = threading.Lock()
+        self._line: socket.socket | None = None
         self._connection: Connection | None = None
         self._stats: StepStats | None = None
 
@@ -360,8 +370,10 @@ class InlineRuntime:
             engine = Engine.from_config(self._config)
         except EngineError as error:
             raise EngineStartError(str(error)) from error
-        self._connection, theirs = Pipe()
-        threading.Thread(target=EngineLoop(engine, theirs).run, name="engine", daemon=True).start()
+        self._line, theirs = socket.socketpair()
+        self._connection = Connection(os.dup(self._line.fileno()))
+        loop = EngineLoop(engine, Connection(theirs.detach()))
+        threading.Thread(target=loop.run, name="engine", daemon=True).start()
         threading.Thread(target=self._read, name="engine-reader", daemon=True).start()
         return model_facts(engine)
 
@@ -381,8 +393,8 @@ class InlineRuntime:
         return self._stats
 
     def stop(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
+        if self._line is not None:
+            hang_up(self._line)
         self._table.fail_all(EngineLost("worker_shutdown", "the worker shuts down"))
 
     def _send(self, command: Add | Abort) -> None:

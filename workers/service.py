@@ -32,6 +32,7 @@ from telemetry.settings import TelemetrySettings
 from telemetry.setup import Telemetry, configure
 from workers.attempt import AttemptRunner, Delivery, Verdict
 from workers.holding import Holding
+from workers.message_lease import HeldMessages
 from workers.observe import AttemptObserver
 from workers.protocol import ModelFacts
 from workers.reconcile import Reconciler
@@ -53,6 +54,9 @@ class WorkerService:
         self._client = connect(jobs_settings)
         self._store = RedisAttemptStore(self._client, jobs_settings)
         self._announcer = RedisModelAnnouncer(self._client, jobs_settings)
+        self._ledger = Ledger(self._client, jobs_settings)
+        self._messages = HeldMessages()
+        self._messages.install(app)
         self._runtime = self._create_runtime()
         self._is_stopping = threading.Event()
         self._holding = Holding(
@@ -62,6 +66,7 @@ class WorkerService:
             lease_seconds=jobs_settings.lease_seconds,
             renew_seconds=jobs_settings.renew_seconds,
             is_healthy=self._runtime.is_healthy,
+            keep_messages=lambda now: self._ledger.keep_messages(self._messages.tags(), now=now),
         )
         self._reconciler: Reconciler | None = None
         self._telemetry: Telemetry | None = None
@@ -70,9 +75,6 @@ class WorkerService:
     @property
     def queues(self) -> tuple[str, ...]:
         return tuple(queue_name(self._settings.names[0], priority) for priority in PRIORITIES)
-
-    def is_healthy(self) -> bool:
-        return self._runtime.is_healthy()
 
     def start(self) -> None:
         """Block until the model is loaded and announced.
@@ -85,9 +87,7 @@ class WorkerService:
         facts = self._runtime.start()
         self._runner = self._create_runner()
         self._holding.start()
-        self._reconciler = Reconciler(
-            Ledger(self._client, self._jobs_settings), CeleryPublisher(self._app), self._clock, self.worker
-        )
+        self._reconciler = Reconciler(self._ledger, CeleryPublisher(self._app), self._clock, self.worker)
         self._reconciler.start()
         self._announce(facts)
 
