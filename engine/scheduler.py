@@ -24,17 +24,22 @@ from engine.sequence import Request, RequestStatus, Sequence
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
-    """Tokens `start : start + num_tokens` of one sequence, to be run in this step."""
+    """Tokens `start : start + num_tokens` of one sequence, to be run in this step.
+
+    Attributes:
+        samples: They are the last it has, so their logits choose the next one.
+    """
 
     request: Request
     sequence: Sequence
     start: int
     num_tokens: int
+    samples: bool
 
-    @property
-    def samples(self) -> bool:
-        """Whether its last token's logits choose the next token."""
-        return self.start + self.num_tokens == len(self.sequence.token_ids)
+    @classmethod
+    def next_of(cls, request: Request, sequence: Sequence, num_tokens: int) -> ScheduledSequence:
+        start = sequence.num_computed_tokens
+        return cls(request, sequence, start, num_tokens, start + num_tokens == len(sequence.token_ids))
 
     @property
     def is_decode(self) -> bool:
@@ -167,8 +172,7 @@ class Scheduler:
                 continue
             if self._reserve_decode(request, batch):
                 batch.entries += [
-                    ScheduledSequence(request, sequence, sequence.num_computed_tokens, 1)
-                    for sequence in request.sequences
+                    ScheduledSequence.next_of(request, sequence, 1) for sequence in request.sequences
                 ]
 
     def _reserve_decode(self, request: Request, batch: ScheduledBatch) -> bool:
@@ -197,8 +201,7 @@ class Scheduler:
         for sequence in request.sequences:
             num_tokens = min(sequence.num_uncomputed_tokens - keep, budget - taken)
             if num_tokens > 0 and sequence.num_borrowed_tokens <= num_led:
-                start = sequence.num_computed_tokens
-                batch.entries.append(ScheduledSequence(request, sequence, start, num_tokens))
+                batch.entries.append(ScheduledSequence.next_of(request, sequence, num_tokens))
                 taken += num_tokens
         return taken
 

@@ -1,0 +1,376 @@
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from engine.config import EngineConfig
+from engine.core import Engine
+from engine.errors import ConfigError, InvalidRequestError, StepError
+from engine.sampling import SamplingParams
+from engine.stats import StepStats
+from engine.weights import load_model
+from tests.unit.engine.engine_factory import GREEDY, Run, generate, make_engine, random_prompt, run_to_end
+
+SAMPLED = SamplingParams(max_tokens=16, temperature=1.3, top_p=0.9, seed=7, ignore_eos=True)
+
+
+def greedy_reference(model: transformers.PreTrainedModel, prompt: list[int], num_tokens: int) -> list[int]:
+    ids = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=num_tokens,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    return ids[0, len(prompt) :].tolist()
+
+
+def test_engine_gives_the_greedy_tokens_of_transformers_for_mixed_lengths(
+    opt_folder: Path, opt_reference: transformers.PreTrainedModel
+) -> None:
+    prompts = {str(size): random_prompt(size, seed=size) for size in (1, 3, 17, 64, 65, 130)}
+
+    run = generate(make_engine(opt_folder), {name: (prompt, GREEDY) for name, prompt in prompts.items()})
+
+    for name, prompt in prompts.items():
+        assert list(run.tokens(name)[0]) == greedy_reference(opt_reference, prompt, 16), name
+
+
+def test_engine_batches_requests_that_were_added_together(opt_folder: Path) -> None:
+    run = generate(make_engine(opt_folder), {str(i): (random_prompt(4, i), GREEDY) for i in range(16)})
+
+    assert max(step.stats.batch_size for step in run.steps) == 16
+    assert len(run.steps) == 16
+    assert all(output.phases.mean_batch_size == 16 for output in run.outputs.values())
+
+
+def test_engine_lets_a_request_join_while_others_decode(opt_folder: Path) -> None:
+    engine = make_engine(opt_folder)
+    engine.add_request("early", random_prompt(8), GREEDY)
+    run = Run()
+    for _ in range(4):
+        run.add(engine.step())
+    engine.add_request("late", random_prompt(8, 1), GREEDY)
+    joining = engine.step()
+    run.add(joining)
+    run_to_end(engine, run)
+
+    assert joining.stats.joined == ("late",)
+    assert joining.stats.num_decode_tokens == 1
+    assert joining.stats.num_prefill_tokens == 8
+    assert run.tokens("early") == generate(make_engine(opt_folder), {"a": (random_prompt(8), GREEDY)}).tokens(
+        "a"
+    )
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        GREEDY,
+        SAMPLED,
+        replace(SAMPLED, n=3),
+        replace(GREEDY, n=3, use_beam_search=True),
+        replace(GREEDY, logprobs=2, echo=True),
+        replace(SAMPLED, frequency_penalty=1.0, repetition_penalty=1.2),
+    ],
+    ids=["greedy", "sampled", "n", "beam", "echo", "penalties"],
+)
+def test_engine_gives_the_same_output_when_requests_are_preempted(
+    opt_folder: Path, params: SamplingParams
+) -> None:
+    requests = {str(i): (random_prompt(9 + 5 * i, i), params) for i in range(4)}
+
+    roomy = generate(make_engine(opt_folder), requests)
+    tight = generate(make_engine(opt_folder, num_blocks=26), requests)
+
+    assert sum(step.stats.num_preempted for step in roomy.steps) == 0
+    assert sum(step.stats.num_preempted for step in tight.steps) > 0
+    for name in requests:
+        assert tight.tokens(name) == roomy.tokens(name)
+        texts = [completion.text for completion in tight.outputs[name].completions]
+        assert texts == [completion.text for completion in roomy.outputs[name].completions]
+        assert _num_logprobs(tight, name) == _num_logprobs(roomy, name)
+
+
+def _num_logprobs(run: Run, name: str) -> list[int]:
+    completions = run.outputs[name].completions
+    return [len(completion.logprobs.tokens) for completion in completions if completion.logprobs is not None]
+
+
+def test_engine_gives_a_seeded_request_its_tokens_whatever_else_is_in_the_batch(opt_folder: Path) -> None:
+    prompt = random_prompt(11)
+    alone = generate(make_engine(opt_folder), {"seeded": (prompt, SAMPLED)})
+    others = {str(i): (random_prompt(5 + i, i), replace(SAMPLED, seed=i, top_p=1.0)) for i in range(8)}
+    crowded = generate(make_engine(opt_folder), {**others, "seeded": (prompt, SAMPLED)})
+    reseeded = generate(make_engine(opt_folder), {"seeded": (prompt, replace(SAMPLED, seed=8))})
+
+    assert crowded.tokens("seeded") == alone.tokens("seeded")
+    assert reseeded.tokens("seeded") != alone.tokens("seeded")
+
+
+def test_engine_computes_the_prompt_once_and_shares_its_blocks_when_n_is_four(opt_folder: Path) -> None:
+    engine = make_engine(opt_folder)
+    engine.add_request("r", random_prompt(22), replace(SAMPLED, n=4))
+
+    first, second = engine.step(), engine.step()
+    run = run_to_end(engine, _run_of(first, second))
+
+    assert first.stats.num_prefill_tokens == 22
+    assert first.stats.num_blocks_used == 6
+    assert len(first.deltas) == 4
+    assert second.stats.num_prefill_tokens == 0
+    assert second.stats.batch_size == 4
+    assert second.stats.num_blocks_used == 5 + 4
+    assert len(set(run.tokens("r"))) == 4
+    assert run.outputs["r"].usage.completion_tokens == 64
+
+
+def _run_of(*steps: object) -> Run:
+    run = Run()
+    for step in steps:
+        run.add(step)  # type: ignore[arg-type]  # StepOutput, spelt loosely for the star
+    return run
+
+
+def test_engine_frees_the_blocks_of_an_aborted_request_by_the_next_step(opt_folder: Path) -> None:
+    engine = make_engine(opt_folder)
+    engine.add_request("kept", random_prompt(8), GREEDY)
+    engine.add_request("gone", random_prompt(40), replace(GREEDY, n=2))
+    for _ in range(3):
+        engine.step()
+
+    assert engine.abort("gone")
+    step = engine.step()
+
+    assert step.stats.num_blocks_used == 3
+    assert step.stats.left == ("gone",)
+    assert step.finished[0].completions[0].finish_reason == "abort"
+    assert len(step.finished[0].completions[0].token_ids) == 3
+    assert not engine.abort("gone")
+    engine.check_invariants()
+
+
+def test_engine_reports_an_aborted_request_that_never_ran(opt_folder: Path) -> None:
+    engine = make_engine(opt_folder)
+    engine.add_request("gone", random_prompt(8), GREEDY)
+    engine.abort("gone")
+
+    assert engine.has_work()
+    step = engine.step()
+
+    assert [output.request_id for output in step.finished] == ["gone"]
+    assert step.finished[0].phases.intervals[0].name == "wait"
+    assert not engine.has_work()
+
+
+@pytest.mark.parametrize(
+    "params", [SAMPLED, replace(SAMPLED, n=2, echo=True), replace(SAMPLED, stop=("a", "e "))]
+)
+def test_engine_deltas_join_to_the_completion(opt_folder: Path, params: SamplingParams) -> None:
+    requests = {str(i): (random_prompt(6, i), replace(params, seed=i, max_tokens=30)) for i in range(5)}
+
+    run = generate(make_engine(opt_folder), requests)
+
+    for output in run.outputs.values():
+        for completion in output.completions:
+            assert run.texts[output.request_id, completion.index] == completion.text
+            assert tuple(run.token_ids[output.request_id, completion.index]) == completion.token_ids
+
+
+def test_engine_phases_are_contiguous_and_show_the_preemption(opt_folder: Path) -> None:
+    requests = {str(i): (random_prompt(9 + 5 * i, i), GREEDY) for i in range(4)}
+
+    run = generate(make_engine(opt_folder, num_blocks=26), requests)
+
+    for output in run.outputs.values():
+        phases = output.phases
+        names = [interval.name for interval in phases.intervals]
+        assert names == ["wait", "prefill", "decode"] * (1 + phases.num_preemptions)
+        assert phases.intervals[0].start == phases.arrived_at
+        assert phases.intervals[-1].end == phases.finished_at
+        assert phases.first_token_at == phases.intervals[1].end
+        for before, after in zip(phases.intervals, phases.intervals[1:], strict=False):
+            assert before.end == after.start
+    assert sum(output.phases.num_preemptions for output in run.outputs.values()) > 0
+
+
+def test_engine_ends_at_eos_and_leaves_its_text_out_unless_told_to_ignore_it(
+    opt_folder: Path, opt_reference: transformers.PreTrainedModel
+) -> None:
+    prompt = random_prompt(12, 3)
+    tokens = greedy_reference(opt_reference, prompt, 12)
+    stop = tokens[5]
+    first = tokens.index(stop)
+    engine = make_engine(opt_folder)
+
+    params = replace(GREEDY, max_tokens=12)
+    run = generate(
+        engine,
+        {
+            "without": (prompt, params),
+            "stopped": (prompt, replace(params, stop_token_ids=(stop,))),
+            "kept": (prompt, replace(params, stop_token_ids=(stop,), include_stop_str_in_output=True)),
+        },
+    )
+
+    stopped, kept = run.outputs["stopped"].completions[0], run.outputs["kept"].completions[0]
+    assert stopped.token_ids == kept.token_ids == tuple(tokens[: first + 1])
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
+    decode = engine.model_info.tokenizer.decode
+    assert stopped.text == decode([*prompt, *tokens[:first]])[len(decode(prompt)) :]
+    assert kept.text == decode([*prompt, *tokens[: first + 1]])[len(decode(prompt)) :]
+    assert run.outputs["without"].completions[0].finish_reason == "length"
+
+
+def test_engine_returns_the_best_n_of_best_of_by_mean_logprob(opt_folder: Path) -> None:
+    params = replace(SAMPLED, max_tokens=6, logprobs=0)
+    every = generate(make_engine(opt_folder), {"r": (random_prompt(9), replace(params, n=6))})
+    best = generate(make_engine(opt_folder), {"r": (random_prompt(9), replace(params, n=2, best_of=6))})
+
+    ranked = sorted(
+        every.outputs["r"].completions, key=lambda c: -(c.cumulative_logprob or 0) / len(c.token_ids)
+    )
+    assert best.tokens("r") == [completion.token_ids for completion in ranked[:2]]
+    assert [completion.index for completion in best.outputs["r"].completions] == [0, 1]
+    assert all(not step.deltas for step in best.steps)
+    assert best.outputs["r"].usage.completion_tokens == 36
+
+
+@pytest.mark.parametrize("chunk", [64, 16])
+def test_engine_echo_gives_the_log_softmax_of_transformers(
+    opt_folder: Path, opt_reference: transformers.PreTrainedModel, chunk: int
+) -> None:
+    prompt = random_prompt(40)
+    params = replace(GREEDY, max_tokens=5, echo=True, logprobs=3)
+    engine = make_engine(opt_folder, max_num_batched_tokens=chunk)
+
+    completion = generate(engine, {"r": (prompt, params)}).outputs["r"].completions[0]
+
+    token_ids = [*prompt, *completion.token_ids]
+    with torch.inference_mode():
+        expected = torch.log_softmax(opt_reference(torch.tensor([token_ids])).logits[0], dim=-1)
+    logprobs = completion.logprobs
+    assert logprobs is not None
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) == 45
+    assert logprobs.token_logprobs[0] is None
+    assert logprobs.top_logprobs[0] is None
+    for position in range(1, 45):
+        value, top = logprobs.token_logprobs[position], logprobs.top_logprobs[position]
+        assert value == pytest.approx(float(expected[position - 1, token_ids[position]]), abs=1e-3)
+        assert top is not None
+        assert max(top.values()) == pytest.approx(float(expected[position - 1].max()), abs=1e-3)
+    assert completion.text.startswith(engine.model_info.tokenizer.decode(prompt))
+
+
+def test_engine_echoes_the_prompt_alone_when_max_tokens_is_zero(opt_folder: Path) -> None:
+    engine = make_engine(opt_folder)
+    params = SamplingParams(max_tokens=0, echo=True, logprobs=1, n=2)
+    engine.add_request("r", random_prompt(30), params, prompt_text="the prompt as it was sent")
+
+    run = run_to_end(engine)
+
+    completions = run.outputs["r"].completions
+    assert [completion.text for completion in completions] == ["the prompt as it was sent"] * 2
+    assert completions[0].token_ids == ()
+    assert completions[0].finish_reason == "length"
+    assert completions[0].logprobs is not None
+    assert len(completions[0].logprobs.tokens) == 30
+    assert run.texts["r", 0] == "the prompt as it was sent"
+
+
+def test_engine_output_survives_pickling(opt_folder: Path) -> None:
+    run = generate(make_engine(opt_folder), {"r": (random_prompt(5), replace(SAMPLED, logprobs=2))})
+
+    assert pickle.loads(pickle.dumps(run.steps)) == run.steps
+
+
+def test_engine_tells_its_observer_of_every_step(opt_folder: Path) -> None:
+    class Recorder:
+        def __init__(self) -> None:
+            self.seen: list[StepStats] = []
+
+        def on_step(self, stats: StepStats) -> None:
+            self.seen.append(stats)
+
+    recorder = Recorder()
+    config = EngineConfig(model=str(opt_folder), max_num_batched_tokens=256)
+    engine = Engine.from_config(config, observer=recorder)
+
+    run = generate(engine, {"r": (random_prompt(5), GREEDY)})
+
+    assert recorder.seen == [step.stats for step in run.steps]
+
+
+def test_engine_refuses_to_go_on_after_the_model_failed(
+    opt_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_model(str(opt_folder), dtype=torch.float32, device=torch.device("cpu"))
+
+    class Failing:
+        config = loaded.config
+
+        def forward(self, *_: object) -> Tensor:
+            raise RuntimeError("the device is gone")
+
+        def compute_logits(self, hidden: Tensor) -> Tensor:
+            return hidden
+
+    engine = Engine(replace(loaded, model=Failing()), EngineConfig(model="failing", num_blocks=20))
+    engine.add_request("r", random_prompt(5), GREEDY)
+
+    with pytest.raises(StepError, match="the device is gone"):
+        engine.step()
+    with pytest.raises(StepError, match="earlier step"):
+        engine.step()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "field"),
+    [
+        ([], GREEDY, "prompt_token_ids"),
+        ([5, 384], GREEDY, "prompt_token_ids"),
+        ([5, -1], GREEDY, "prompt_token_ids"),
+        ([5] * 257, GREEDY, "prompt_token_ids"),
+        ([5] * 250, GREEDY, "max_tokens"),
+        ([5], replace(GREEDY, n=17), "n"),
+        ([5], replace(GREEDY, best_of=17), "best_of"),
+        ([5], replace(GREEDY, stop_token_ids=(384,)), "stop_token_ids"),
+        ([5], replace(GREEDY, logit_bias={384: 1.0}), "logit_bias"),
+        ([5] * 100, replace(GREEDY, n=4, max_tokens=100), "max_tokens"),
+    ],
+)
+def test_engine_refuses_a_request_it_could_never_run(
+    opt_folder: Path, prompt: list[int], params: SamplingParams, field: str
+) -> None:
+    engine = make_engine(opt_folder, num_blocks=60)
+
+    with pytest.raises(InvalidRequestError) as caught:
+        engine.add_request("r", prompt, params)
+
+    assert caught.value.field == field
+    assert not engine.has_work()
+
+
+def test_engine_refuses_a_request_id_that_is_in_use(opt_folder: Path) -> None:
+    engine = make_engine(opt_folder)
+    engine.add_request("r", random_prompt(5), GREEDY)
+
+    with pytest.raises(InvalidRequestError, match="request_id"):
+        engine.add_request("r", random_prompt(5), GREEDY)
+
+
+def test_engine_refuses_a_context_longer_than_the_models(opt_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="max_model_len=257"):
+        make_engine(opt_folder, max_model_len=257)
+
+
+def test_engine_makes_the_cache_no_larger_than_its_sequences_can_fill(opt_folder: Path) -> None:
+    engine = make_engine(opt_folder, num_blocks=None, max_num_sequences=3, block_size=16)
+
+    assert engine.model_info.num_blocks == 3 * 256 // 16

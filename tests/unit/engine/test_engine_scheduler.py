@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.block_manager import BlockManager
+from engine.errors import InvariantError
+from engine.sampling import SamplingParams
+from engine.scheduler import ScheduledBatch, Scheduler, max_blocks_of
+from engine.sequence import Request, RequestStatus, Sequence
+from tests.unit.engine.cache_model import CacheModel
+
+
+@dataclass(frozen=True)
+class Limits:
+    num_blocks: int
+    block_size: int
+    max_num_sequences: int
+    max_num_batched_tokens: int
+
+
+@dataclass
+class Bench:
+    """A scheduler with a model of the cache under it, and tokens drawn at random in place of a model."""
+
+    limits: Limits
+    seed: int = 0
+    requests: list[Request] = field(default_factory=list)
+    joined: list[Request] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.blocks = BlockManager(self.limits.num_blocks, self.limits.block_size)
+        self.scheduler = Scheduler(
+            self.blocks,
+            max_num_sequences=self.limits.max_num_sequences,
+            max_num_batched_tokens=self.limits.max_num_batched_tokens,
+        )
+        self.cache = CacheModel(self.limits.block_size)
+        self.random = random.Random(self.seed)
+
+    def add(
+        self, num_prompt: int, max_tokens: int, width: int, *, beam: bool = False, priority: int = 0
+    ) -> bool:
+        """False if the request could never run, which the engine refuses beforehand."""
+        limits = self.limits
+        if width > limits.max_num_sequences:
+            return False
+        if max_blocks_of(limits.block_size, num_prompt, width, max_tokens) > limits.num_blocks:
+            return False
+        number = len(self.requests)
+        request = Request(
+            request_id=str(number),
+            params=SamplingParams(max_tokens=max_tokens, n=width, use_beam_search=beam),
+            priority=priority,
+            arrival_number=number,
+            seed=0,
+            sequences=[Sequence(0, [self.random.randrange(9) for _ in range(num_prompt)], num_prompt)],
+        )
+        self.requests.append(request)
+        self.scheduler.add(request)
+        return True
+
+    def step(self) -> ScheduledBatch:
+        batch = self.scheduler.schedule()
+        self.check(batch)
+        self.cache.run(batch)
+        self.scheduler.commit(batch)
+        self.joined += batch.joined
+        for request in {
+            id(entry.request): entry.request for entry in batch.entries if entry.samples
+        }.values():
+            self._advance(request)
+        self.scheduler.check_invariants()
+        return batch
+
+    def check(self, batch: ScheduledBatch) -> None:
+        assert batch.num_tokens <= self.limits.max_num_batched_tokens
+        assert len(batch.entries) <= self.limits.max_num_sequences
+        assert len({id(entry.sequence) for entry in batch.entries}) == len(batch.entries)
+        assert all(entry.request.status is RequestStatus.RUNNING for entry in batch.entries)
+        lengths = [entry.num_tokens for entry in batch.entries]
+        assert all(length >= 1 for length in lengths)
+        assert sorted(lengths, key=lambda length: length != 1) == lengths
+
+    def run_to_end(self) -> int:
+        """Steps until nothing is left; fails if some step makes no progress."""
+        num_steps = 0
+        while self.scheduler.has_work():
+            assert self.step().entries, "there is work and nothing was scheduled"
+            num_steps += 1
+        return num_steps
+
+    def _advance(self, request: Request) -> None:
+        if request.params.use_beam_search:
+            self._advance_beams(request)
+            return
+        if not request.is_forked and request.params.width > 1:
+            self.scheduler.fork(request)
+        for sequence in list(request.sequences):
+            sequence.token_ids.append(self.random.randrange(9))
+            at_end = sequence.num_output_tokens >= request.params.max_tokens
+            # Sequences of one request may stop at different lengths.
+            if at_end or (sequence.index and self.random.random() < 0.05):
+                self.scheduler.finish_sequence(request, sequence)
+
+    def _advance_beams(self, request: Request) -> None:
+        beams = []
+        for index in range(request.params.width):
+            parent = self.random.choice(request.sequences)
+            beam = self.scheduler.fork_sequence(parent, index)
+            beam.token_ids.append(self.random.randrange(9))
+            beams.append(beam)
+        self.scheduler.replace_sequences(request, beams)
+        if beams[0].num_output_tokens >= request.params.max_tokens:
+            self.scheduler.remove(request)
+
+
+@st.composite
+def limits(draw: st.DrawFn) -> Limits:
+    max_num_sequences = draw(st.integers(1, 8))
+    return Limits(
+        num_blocks=draw(st.integers(4, 40)),
+        block_size=draw(st.sampled_from([1, 2, 4, 5])),
+        max_num_sequences=max_num_sequences,
+        max_num_batched_tokens=draw(st.integers(max_num_sequences, 40)),
+    )
+
+
+_ADD = st.tuples(
+    st.just("add"),
+    st.integers(1, 30),
+    st.integers(1, 20),
+    st.sampled_from([1, 1, 1, 2, 4]),
+    st.booleans(),
+    st.integers(0, 1),
+)
+_OPERATIONS = st.lists(
+    st.one_of(_ADD, st.tuples(st.just("abort"), st.integers(0, 20)), st.tuples(st.just("step"))), max_size=60
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(limits=limits(), operations=_OPERATIONS, seed=st.integers(0, 1000))
+def test_scheduler_keeps_its_accounts_and_every_cached_token_under_any_operations(
+    limits: Limits, operations: list[tuple[object, ...]], seed: int
+) -> None:
+    bench = Bench(limits, seed)
+    for operation in operations:
+        match operation:
+            case (
+                "add",
+                int() as num_prompt,
+                int() as max_tokens,
+                int() as width,
+                bool() as beam,
+                int() as priority,
+            ):
+                bench.add(num_prompt, max_tokens, width, beam=beam, priority=priority)
+            case ("abort", int() as number) if number < len(bench.requests):
+                request = bench.requests[number]
+                if request.status is not RequestStatus.FINISHED:
+                    bench.scheduler.remove(request)
+            case ("step",):
+                bench.step()
+        bench.scheduler.check_invariants()
+
+    bench.run_to_end()
+
+    assert all(request.status is RequestStatus.FINISHED for request in bench.requests)
+    assert bench.blocks.num_free == limits.num_blocks
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12)), min_size=2, max_size=12),
+    num_blocks=st.integers(8, 30),
+)
+def test_scheduler_never_lets_a_request_overtake_in_the_waiting_line(
+    sizes: list[tuple[int, int]], num_blocks: int
+) -> None:
+    bench = Bench(Limits(num_blocks, 4, 3, 16))
+    for num_prompt, max_tokens in sizes:
+        bench.add(num_prompt, max_tokens, 1)
+
+    bench.run_to_end()
+
+    first_admissions = list(dict.fromkeys(request.arrival_number for request in bench.joined))
+    assert first_admissions == sorted(first_admissions)
+
+
+def test_scheduler_decodes_every_running_sequence_in_each_step_while_a_long_prompt_is_chunked() -> None:
+    bench = Bench(Limits(num_blocks=100, block_size=4, max_num_sequences=4, max_num_batched_tokens=8))
+    for _ in range(3):
+        bench.add(2, 30, 1)
+    bench.step()
+    bench.add(60, 4, 1)
+
+    batches = [bench.step() for _ in range(8)]
+
+    for batch in batches:
+        assert [entry.num_tokens for entry in batch.entries[:3]] == [1, 1, 1]
+        assert batch.num_tokens == 8
+
+
+def test_scheduler_preempts_the_newest_request_when_blocks_run_out() -> None:
+    bench = Bench(Limits(num_blocks=7, block_size=2, max_num_sequences=2, max_num_batched_tokens=8))
+    bench.add(4, 8, 1)
+    bench.add(2, 8, 1)
+
+    preempted = []
+    while bench.scheduler.has_work():
+        preempted += [request.request_id for request in bench.step().preempted]
+
+    assert preempted
+    assert set(preempted) == {"1"}
+
+
+def test_scheduler_serves_the_smaller_priority_first() -> None:
+    bench = Bench(Limits(num_blocks=50, block_size=4, max_num_sequences=1, max_num_batched_tokens=8))
+    bench.add(4, 2, 1, priority=1)
+    bench.add(4, 2, 1, priority=0)
+
+    bench.run_to_end()
+
+    assert [request.request_id for request in bench.joined] == ["1", "0"]
+
+
+def test_scheduler_computes_the_prompt_once_when_a_request_has_four_sequences() -> None:
+    bench = Bench(Limits(num_blocks=60, block_size=4, max_num_sequences=4, max_num_batched_tokens=64))
+    bench.add(18, 6, 4)
+
+    first = bench.step()
+    used_after_prefill = bench.blocks.num_used
+    second = bench.step()
+
+    assert [entry.num_tokens for entry in first.entries] == [18]
+    assert used_after_prefill == 5
+    assert len(second.entries) == 4
+    # Four full blocks are shared; of the partly filled fifth each sequence but the last one takes a copy.
+    assert len(second.copies) == 3
+    assert bench.blocks.num_used == 4 + 4
+
+
+def test_scheduler_shares_the_prompt_again_when_a_preempted_request_resumes() -> None:
+    bench = Bench(Limits(num_blocks=40, block_size=4, max_num_sequences=4, max_num_batched_tokens=64))
+    bench.add(16, 8, 4)
+    for _ in range(3):
+        bench.step()
+    request = bench.requests[0]
+    bench.scheduler._preempt(request, ScheduledBatch())
+
+    bench.step()
+
+    assert request.status is RequestStatus.RUNNING
+    assert bench.blocks.num_used == 4 + 4
+    bench.run_to_end()
+
+
+def test_block_manager_reports_a_block_that_no_table_holds() -> None:
+    blocks = BlockManager(4, 2)
+    table: list[int] = []
+    blocks.extend(table, 4)
+
+    blocks.check_invariants([table])
+    with pytest.raises(InvariantError, match="references"):
+        blocks.check_invariants([])
+
+
+def test_block_manager_copies_only_blocks_that_others_hold_too() -> None:
+    blocks = BlockManager(8, 4)
+    parent: list[int] = []
+    blocks.extend(parent, 6)
+    child = blocks.fork(parent)
+
+    copy = blocks.make_writable(child, 6)
+    again = blocks.make_writable(child, 6)
+    parents = blocks.make_writable(parent, 6)
+
+    assert copy is not None
+    assert (copy.source, copy.target) == (parent[1], child[1])
+    assert again is None
+    assert parents is None
+    assert parent[0] == child[0]
+    blocks.check_invariants([parent, child])
