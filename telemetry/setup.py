@@ -99,10 +99,10 @@ def configure(default_service_name: str, settings: TelemetrySettings | None = No
         return _adopt(provider, chosen, is_explicit=settings is not None)
     for warning in chosen.warnings:
         _logger.warning("%s", warning)
-    own = _build(default_service_name, chosen)
-    trace.set_tracer_provider(own)
-    atexit.register(own.telemetry.shutdown)
-    return own.telemetry
+    telemetry = build(default_service_name, chosen)
+    trace.set_tracer_provider(telemetry.provider)
+    atexit.register(telemetry.shutdown)
+    return telemetry
 
 
 def prefer_stable_http_attributes() -> None:
@@ -118,7 +118,8 @@ def _adopt(provider: TracerProvider, settings: TelemetrySettings, *, is_explicit
     return Telemetry(provider, settings)
 
 
-def _build(default_service_name: str, settings: TelemetrySettings) -> _OwnTracerProvider:
+def build(default_service_name: str, settings: TelemetrySettings) -> Telemetry:
+    """A provider with its exporters that is nobody's global; `configure` is what a process calls."""
     provider = _OwnTracerProvider(
         resource=_resource(default_service_name, settings),
         shutdown_on_exit=False,  # the SDK's own exit handler may wait for 30 s
@@ -134,7 +135,7 @@ def _build(default_service_name: str, settings: TelemetrySettings) -> _OwnTracer
             )
         )
     provider.telemetry = Telemetry(provider, settings, exporters)
-    return provider
+    return provider.telemetry
 
 
 def _resource(default_service_name: str, settings: TelemetrySettings) -> Resource:
