@@ -48,7 +48,7 @@ def count_parameters(model: CausalLM) -> int:
 
 def _count_elements(part: object, seen: set[int]) -> int:
     if isinstance(part, Tensor):
-        key = part.data_ptr()
+        key = id(part) if part.is_mkldnn else part.data_ptr()  # a packed weight has no address
     elif isinstance(part, list | tuple) or type(part).__module__.startswith("engine."):
         key = id(part)
     else:
