@@ -152,7 +152,7 @@ SPANS: Final[tuple[SpanShape, ...]] = (
         "send <queue>",
         # CLIENT where the message already carried a creation context: a job put back in its queue.
         ("PRODUCER", "CLIENT"),
-        "api",
+        "api, worker",
         _MESSAGING,
         (JOB_ID, TASK_NAME, SERVER_ADDRESS, SERVER_PORT, ERROR_TYPE),
     ),

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,14 +42,14 @@ class Drill:
 
 
 @pytest.fixture(scope="module", params=["plain", "wrapped"])
-def drill(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
+def drill(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Drill:
     """Publisher and worker are processes, with and without `opentelemetry-instrument` around them."""
-    wrapper = (
-        [str(Path(sys.executable).with_name("opentelemetry-instrument"))]
-        if request.param == "wrapped"
-        else []
-    )
-    log = tmp_path_factory.mktemp("worker") / "worker.log"
+    launcher = str(Path(sys.executable).with_name("opentelemetry-instrument"))
+    wrapper = [launcher] if request.param == "wrapped" else []
+    return _run_drill(wrapper, {}, tmp_path_factory.mktemp("worker") / "worker.log")
+
+
+def _run_drill(wrapper: list[str], more_environ: dict[str, str], log: Path) -> Drill:
     with Receiver() as receiver, running_valkey(tcp=True) as broker:
         environ = {
             **os.environ,
@@ -60,6 +60,7 @@ def drill(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             "OTEL_METRICS_EXPORTER": "none",
             "OTEL_LOGS_EXPORTER": "none",
             "OTEL_BSP_SCHEDULE_DELAY": "200",
+            **more_environ,
         }
         worker = _start_worker(wrapper, environ, log)
         try:
@@ -69,7 +70,7 @@ def drill(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             worker.send_signal(signal.SIGTERM)
             worker.wait(20)
         assert finished, log.read_text()
-        yield Drill(receiver.spans(), trace_ids)
+        return Drill(receiver.spans(), trace_ids)
 
 
 def _start_worker(wrapper: list[str], environ: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
@@ -198,3 +199,15 @@ def test_no_span_or_attribute_of_the_package_is_left_when_corrected(drill: Drill
     keys = {key for span in drill.spans for key in span.attributes}
     assert not [key for key in keys if key.startswith("celery.")]
     assert not keys & {"messaging.destination", "messaging.destination_kind", "messaging.conversation_id"}
+
+
+def test_process_is_the_root_of_its_own_trace_when_only_links_are_wanted(tmp_path: Path) -> None:
+    drill = _run_drill([], {"THROUGHLINE_TRACE_LINKS_ONLY": "true"}, tmp_path / "worker.log")
+    [send] = drill.of("plain", "PRODUCER")
+    [process] = [s for s in drill.spans if s.kind == "CONSUMER" and s.attributes[names.JOB_ID] == "plain"]
+    [body] = [s for s in drill.spans if s.name == "body" and s.parent_id == process.span_id]
+
+    assert process.parent_id is None
+    assert process.trace_id != send.trace_id
+    assert [(link.trace_id, link.span_id) for link in process.links] == [(send.trace_id, send.span_id)]
+    assert body.attributes["tenant"] == "acme"

@@ -31,8 +31,8 @@ both_here = threading.Barrier(2, timeout=30)
 
 @signals.worker_init.connect(weak=False)
 def _start(**_: Any) -> None:
-    configure("test-worker")
-    instrument_celery()
+    telemetry = configure("test-worker")
+    instrument_celery(uses_links_only=telemetry.settings.uses_links_only)
 
 
 @signals.worker_shutdown.connect(weak=False)

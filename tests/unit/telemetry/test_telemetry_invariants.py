@@ -1,0 +1,120 @@
+"""The invariants themselves: a good trace passes, and each kind of breach is told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from telemetry import names
+from telemetry.record import LinkRecord, SpanRecord
+from tests.support.trace_invariants import check_trace_invariants
+
+MS = 1_000_000
+TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
+CLIENT = "00f067aa0ba902b7"
+
+
+def message(operation: str) -> dict[str, object]:
+    return {
+        "messaging.system": "redis",
+        "messaging.operation.name": operation,
+        "messaging.operation.type": operation,
+        "messaging.destination.name": "q",
+        "messaging.message.id": "job-1",
+        "job.id": "job-1",
+    }
+
+
+def span(
+    number: int, parent: str | None, name: str, kind: str, start: int, end: int, **more: object
+) -> SpanRecord:
+    return SpanRecord(
+        trace_id=TRACE_ID,
+        span_id=f"{number:016x}",
+        parent_id=parent,
+        name=name,
+        kind=kind,
+        service="svc",
+        start_ns=start * MS,
+        end_ns=end * MS,
+        **more,  # type: ignore[arg-type]  # test data
+    )
+
+
+HTTP = {
+    "http.request.method": "POST",
+    "url.scheme": "http",
+    "url.path": "/",
+    "http.response.status_code": 200,
+}
+SERVER = span(1, CLIENT, "POST /v1/jobs", "SERVER", 0, 20, attributes=HTTP)
+SEND = span(2, SERVER.span_id, "send q", "PRODUCER", 5, 10, attributes=message("send"))
+TO_SEND = (LinkRecord(TRACE_ID, SEND.span_id, {names.LINK_ROLE: names.LINK_CREATION}),)
+FIRST = span(
+    3,
+    SEND.span_id,
+    "process q",
+    "CONSUMER",
+    12,
+    40,
+    attributes={**message("process"), "job.attempt": 1, "error.type": "timeout"},
+    links=TO_SEND,
+    status="ERROR",
+)
+SECOND = span(
+    4,
+    SEND.span_id,
+    "process q",
+    "CONSUMER",
+    50,
+    90,
+    attributes={**message("process"), "job.attempt": 2},
+    links=TO_SEND,
+)
+GOOD = [SERVER, SEND, FIRST, SECOND]
+
+
+def with_attributes(record: SpanRecord, **more: object) -> SpanRecord:
+    changed = {**record.attributes, **{key.replace("__", "."): value for key, value in more.items()}}
+    return replace(record, attributes=changed)  # type: ignore[arg-type]  # test data
+
+
+def test_invariants_hold_for_a_retried_job() -> None:
+    check_trace_invariants(GOOD, external={CLIENT}, canaries=["San Francisco"], failed_job_ids=())
+
+
+@pytest.mark.parametrize(
+    ("spans", "breach"),
+    [
+        (GOOD[1:], "no orphan"),
+        ([replace(SERVER, parent_id=None), SEND, FIRST, replace(SECOND, parent_id=None)], "one root a trace"),
+        ([*GOOD, SERVER], "ids are unique"),
+        ([replace(SERVER, end_ns=-1), *GOOD[1:]], "no span ends before it starts"),
+        ([SERVER, replace(SEND, end_ns=30 * MS), FIRST, SECOND], "children lie inside their parent"),
+        ([SERVER, SEND, replace(FIRST, links=()), SECOND], "process links to its send"),
+        (
+            [SERVER, SEND, replace(FIRST, links=(LinkRecord(TRACE_ID, "f" * 16, {}),)), SECOND],
+            "no dangling link",
+        ),
+        ([SERVER, replace(SEND, kind="CLIENT"), FIRST, SECOND], "one PRODUCER a message"),
+        ([*GOOD, replace(SEND, span_id="a" * 16)], "one PRODUCER a message"),
+        ([SERVER, SEND, SECOND], "attempts are 1..k"),
+        (
+            [with_attributes(SERVER, gen_ai__usage__input_tokens=1), *GOOD[1:]],
+            "gen_ai.* on generation spans only",
+        ),
+        ([with_attributes(SERVER, http__method="POST"), *GOOD[1:]], "every attribute is in the table"),
+        ([with_attributes(SERVER, url__path=7), *GOOD[1:]], "every attribute has its type"),
+        ([replace(SERVER, attributes={}), *GOOD[1:]], "lacks http.request.method"),
+        ([SERVER, SEND, replace(FIRST, name="run/x"), SECOND], "every span is in the table"),
+        ([with_attributes(SERVER, url__path="/San Francisco"), *GOOD[1:]], "no prompt or output"),
+        ([SERVER, SEND, FIRST, replace(SECOND, status="ERROR")], "ERROR iff the job failed"),
+        ([replace(SERVER, num_dropped=1), *GOOD[1:]], "nothing is cut off"),
+    ],
+)
+def test_invariants_tell_a_breach(spans: list[SpanRecord], breach: str) -> None:
+    with pytest.raises(AssertionError) as caught:
+        check_trace_invariants(spans, external={CLIENT}, canaries=["San Francisco"], failed_job_ids=())
+
+    assert breach in str(caught.value)
