@@ -12,7 +12,7 @@ from api.schemas import (
     PromptTokensDetails,
     UsageObject,
 )
-from jobs.model import Job, JobResult, Usage
+from jobs.model import Job, JobResult, NewJob, Usage
 from jobs.registry import ServedModel
 from jobs.states import JobState
 
@@ -46,6 +46,24 @@ def job_object(job: Job) -> JobObject:
         result=completion_object(job, job.result) if job.result else None,
         metadata=job.metadata,
         links=JobLinks(self=path, result=f"{path}/result", cancel=f"{path}/cancel"),
+    )
+
+
+def as_submitted(new: NewJob) -> Job:
+    """A job as it was when it was accepted, whatever has become of it since."""
+    return Job(
+        id=new.id,
+        state=JobState.QUEUED,
+        model=new.request.model,
+        queue=new.queue,
+        priority=new.priority,
+        num_prompts=len(new.request.prompts),
+        created_at=new.created_at,
+        queued_at=new.created_at,
+        expires_at=new.expires_at,
+        max_attempts=new.max_attempts,
+        metadata=new.metadata,
+        traceparent=new.traceparent,
     )
 
 

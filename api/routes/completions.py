@@ -70,14 +70,14 @@ async def complete(request: Request, services: Ready) -> Response:
 
 async def _run(services: Services, call: _Call) -> Response:
     with services.replies.expect(call.new.id) as ending:
-        accepted = await services.submission.submit(call.new)
-        is_ours = not (call.is_kept or accepted.replayed)
         try:
+            accepted = await services.submission.submit(call.new)
             outcome = await _wait(services, call, accepted, ending)
         except asyncio.CancelledError:  # the server stops and will wait no longer
-            if is_ours:
-                services.submission.give_up_soon(accepted.id)
+            if not call.is_kept:
+                services.submission.give_up_soon(call.new.id)
             raise
+    is_ours = not (call.is_kept or accepted.replayed)
     match outcome:
         case WaitOutcome.ENDED:
             return _answer(await _fetch(services, accepted.id), call, accepted)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Path, Request, Response
 
 from api.errors import JobLost, JobNotFound, NoResult, NotCancellable
 from api.preferences import Preferences, read_preferences, read_wait
-from api.presentation import completion_object, job_object
+from api.presentation import as_submitted, completion_object, job_object
 from api.replies import ERRORS, POLL_SECONDS, cacheable_job_reply, job_headers, job_reply, json_reply
 from api.schemas import CompletionObject, JobBody, JobObject
 from api.services import Ready, Services
@@ -41,10 +41,12 @@ async def submit(request: Request, services: Ready) -> Response:
     new = await services.intake.read_job(request, watcher=services.replies.replica if seconds else None)
     mark_job(new.id)
     accepted = await _submit_and_wait(services, new, seconds or 0.0)
+    headers = job_headers(accepted.id, replayed=accepted.replayed) | preferences.applied(seconds)
+    if not (seconds or accepted.replayed):
+        return job_reply(as_submitted(new), headers)
     job = await services.store.get(accepted.id, with_result=True)
     if job is None:
         raise JobLost(accepted.id)
-    headers = job_headers(job.id, replayed=accepted.replayed) | preferences.applied(seconds)
     return job_reply(job, headers)
 
 
