@@ -83,26 +83,31 @@ def redis_option(command: Command) -> Command:
     )(command)  # fmt: skip
 
 
+def otlp_option(command: Command) -> Command:
+    """--otlp-traces-endpoint."""
+    return click.option(
+        "--otlp-traces-endpoint", type=OTLP_URL, metavar="URL",
+        help="Where spans go: grpc://host:4317, or http://host:4318/v1/traces with "
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL=http/protobuf.",
+    )(command)  # fmt: skip
+
+
+def model_option(command: Command) -> Command:
+    """--model."""
+    return click.option(
+        "--model", metavar="PATH_OR_NAME",
+        help="Hugging Face model folder or hub name.  [default: the built-in throughline-tiny]",
+    )(command)  # fmt: skip
+
+
 def model_options(command: Command) -> Command:
     """--model, --served-model-name and --otlp-traces-endpoint."""
-    for option in (
-        click.option(
-            "--otlp-traces-endpoint", type=OTLP_URL, metavar="URL",
-            help="Where spans go: grpc://host:4317, or http://host:4318/v1/traces with "
-            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL=http/protobuf.",
-        ),
-        click.option(
-            "--served-model-name", "served_model_names", type=model_name, multiple=True, metavar="NAME",
-            help="Name that clients ask for; repeat it for more, the first is the canonical one. "
-            "[default: the model as given]",
-        ),
-        click.option(
-            "--model", metavar="PATH_OR_NAME",
-            help="Hugging Face model folder or hub name. [default: the built-in throughline-tiny]",
-        ),
-    ):  # fmt: skip
-        command = option(command)
-    return command
+    served = click.option(
+        "--served-model-name", "served_model_names", type=model_name, multiple=True, metavar="NAME",
+        help="Name that clients ask for; repeat it for more, the first is the canonical one.  "
+        "[default: the folder's name, or the hub name]",
+    )  # fmt: skip
+    return model_option(served(otlp_option(command)))
 
 
 def engine_options(command: Command) -> Command:

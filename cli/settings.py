@@ -51,7 +51,10 @@ def served_names(options: ServeOptions, base: Mapping[str, str]) -> tuple[str, .
     if named:
         return named
     model = options.model or base.get("THROUGHLINE_MODEL")
-    return (model,) if model else (BUILTIN_MODEL, STAND_IN_FOR)
+    if not model:
+        return (BUILTIN_MODEL, STAND_IN_FOR)
+    folder = Path(model).expanduser()
+    return (folder.resolve().name if folder.is_dir() else model,)
 
 
 def absolute_model(model: str) -> str:

@@ -38,6 +38,8 @@ def command(
       throughline api --redis-url unix:///run/redis.sock --served-model-name my-model --port 8080
       opentelemetry-instrument throughline api
     """
+    import logging
+
     import uvicorn
 
     serve = ServeOptions(
@@ -48,6 +50,8 @@ def command(
     )
     os.environ.update(environment(serve, os.environ))
     os.environ.update(THROUGHLINE_HOST=host, THROUGHLINE_PORT=str(port))
+    # Probes come several times a minute and would bury the requests.
+    logging.getLogger("uvicorn.access").addFilter(lambda record: '"GET /health/' not in record.getMessage())
     uvicorn.run(
         "api.app:create_app",
         factory=True,

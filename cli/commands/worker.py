@@ -50,5 +50,7 @@ def command(
 
 def celery_argv(name: str) -> list[str]:
     """Return the worker's command; pool, concurrency and the rest are in the app's own configuration."""
+    # It is about accepting pickled messages as root; the app accepts JSON only.
+    quiet = ["-W", "ignore:You're running the worker with superuser privileges"]
     app = ["-m", "celery", "-A", "workers.main", "worker", "-n", f"{name}@%h"]
-    return [sys.executable, *app, "--without-mingle", "--without-gossip"]
+    return [sys.executable, *quiet, *app, "--without-mingle", "--without-gossip"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -46,17 +47,20 @@ class TerminalLog:
 
 
 class FileLog:
-    """Keeps the lines in a file, and the last ones at hand for the report of a failure."""
+    """Keeps the lines in a file, and the last ones at hand for the report of a failure; may echo them too."""
 
-    def __init__(self, path: Path, *, num_last: int = 30) -> None:
+    def __init__(self, path: Path, *, num_last: int = 30, echo: Callable[[str], None] | None = None) -> None:
         self.path = path
         self.last: deque[str] = deque(maxlen=num_last)
+        self._echo = echo
         self._file = path.open("w", encoding="utf-8", buffering=1)
 
     def line(self, source: str, text: str) -> None:
         entry = f"{source} │ {text}"
         self.last.append(entry)
         self._file.write(entry + "\n")
+        if self._echo is not None:
+            self._echo(entry)
 
     def note(self, text: str) -> None:
         self.line(SUPERVISOR, text)

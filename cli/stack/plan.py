@@ -24,13 +24,19 @@ _GIVE_UP_AFTER = 5
 
 @dataclass(frozen=True, slots=True)
 class StackOptions:
-    """A stack to run; `grace_seconds` is what API and workers each have to finish what they began."""
+    """A stack to run.
+
+    Attributes:
+        grace_seconds: What API and workers each have to finish what they began.
+        are_workers_vital: Whether the stack ends when a worker is given up, instead of answering 503.
+    """
 
     serve: ServeOptions
     host: str
     port: int
     num_workers: int
     grace_seconds: float
+    are_workers_vital: bool = False
 
     @property
     def url(self) -> str:
@@ -63,6 +69,8 @@ def stages(
         environ: The environment to hand down.
     """
     child_environ = settings.with_project_importable(settings.environment(options.serve, environ))
+    # A worker hands back what it has not finished a little before it would be killed.
+    child_environ.setdefault("THROUGHLINE_SHUTDOWN_GRACE_SECONDS", f"{options.grace_seconds * 0.8:g}")
     workers = tuple(_worker(options, number, child_environ) for number in range(1, options.num_workers + 1))
     own_redis = (Stage((_redis(embedded, environ),)),) if embedded else ()
     return (*own_redis, Stage(workers), Stage((_api(options, child_environ),)))
@@ -98,12 +106,8 @@ def _worker(options: StackOptions, number: int, environ: Mapping[str, str]) -> P
         environ=environ,
         folder=settings.PROJECT_FOLDER,
         grace_seconds=options.grace_seconds,
-        policy=RestartPolicy(
-            final_codes={
-                EXIT_BROKEN_MODEL: "the model cannot be loaded; requests for it are answered with 503"
-            }
-        ),
-        is_vital=False,
+        policy=RestartPolicy(final_codes={EXIT_BROKEN_MODEL: "its settings or its model are at fault"}),
+        is_vital=options.are_workers_vital,
     )
 
 

@@ -7,17 +7,13 @@ import json
 import urllib.error
 import urllib.request
 
-POLL_SECONDS = 0.15
+POLL_SECONDS = 0.25
 
 
 async def wait_until_ready(url: str) -> None:
     """Return once `/health/ready` answers 200; runs until then, so bound or cancel it."""
-    while not await asyncio.to_thread(is_ready, url):
+    while not (await asyncio.to_thread(readiness, url))[0]:
         await asyncio.sleep(POLL_SECONDS)
-
-
-def is_ready(url: str) -> bool:
-    return readiness(url)[0]
 
 
 def readiness(url: str, *, timeout_seconds: float = 5.0) -> tuple[bool, str]:
@@ -27,16 +23,18 @@ def readiness(url: str, *, timeout_seconds: float = 5.0) -> tuple[bool, str]:
             return answer.status == 200, "ready"
     except urllib.error.HTTPError as error:
         return False, _reason(error)
+    except urllib.error.URLError as error:
+        return False, f"no answer: {getattr(error.reason, 'strerror', None) or error.reason}"
     except OSError as error:
-        return False, str(error)
+        return False, f"no answer: {error}"
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
     with error:
         body = error.read(64 * 1024)
     try:
-        return json.dumps(json.loads(body))
-    except ValueError:
+        return f"not ready: {', '.join(json.loads(body)['reasons'])}"
+    except (ValueError, KeyError, TypeError):
         return f"HTTP {error.code}"
 
 

@@ -57,6 +57,10 @@ class Supervisor:
         return self._num_stop_requests > 1
 
     @property
+    def was_asked_to_stop(self) -> bool:
+        return self._num_stop_requests > 0
+
+    @property
     def is_stopping(self) -> bool:
         return self._stopping.is_set()
 
