@@ -92,8 +92,6 @@ class CeleryPublisher:
                 task_id=id,
                 queue=queue,
                 headers={ENQUEUED_AT_HEADER: enqueued_at_ns},
-                argsrepr="<hidden>",
-                kwargsrepr="<hidden>",
                 retry=True,
                 retry_policy={"max_retries": 1, "interval_start": 0.1, "interval_max": 0.2},
             )
