@@ -58,8 +58,8 @@ class Telemetry:
         try:
             closer.start()
         except RuntimeError:
-            # Python 3.12 and later start no thread once the interpreter is leaving: the exporters' timeout
-            # is the bound.
+            # Python 3.12 starts no thread once the interpreter is leaving: each batch may then take the
+            # exporter's timeout. Only a process that never called this itself comes here.
             self.provider.shutdown()
             return
         closer.join(timeout_seconds)

@@ -20,8 +20,8 @@ from tests.support.valkey import running_valkey
 ROOT = Path(__file__).parents[2]
 QUEUE = "models.tiny"
 SECRET = "San Francisco is a"
-# plain 1, retry 3, failure 1, again 2, twice 2
-NUM_DELIVERIES = 9
+# plain 1, retry 3, failure 1, rejected 2, again 2, twice 2
+NUM_DELIVERIES = 11
 
 
 @dataclass
@@ -146,6 +146,15 @@ def test_attempts_are_siblings_below_the_first_send_when_a_task_is_retried(drill
     assert [span.attributes.get(names.ERROR_TYPE) for span in attempts[:2]] == ["ConnectionError"] * 2
     assert [span.parent_id for span in resent] == [span.span_id for span in attempts[:2]]
     assert {link.span_id for span in resent for link in span.links} == {send.span_id}
+
+
+def test_redelivery_is_a_sibling_below_the_same_send_when_a_message_is_given_back(drill: Drill) -> None:
+    [send] = drill.of("rejected", "PRODUCER")
+    deliveries = drill.of("rejected", "CONSUMER")
+
+    assert [span.parent_id for span in deliveries] == [send.span_id] * 2
+    assert [span.status for span in deliveries] == ["UNSET", "UNSET"]
+    assert drill.of("rejected", "CLIENT") == []
 
 
 def test_process_span_is_an_error_without_the_message_when_a_task_raises(drill: Drill) -> None:

@@ -10,6 +10,7 @@ import threading
 from typing import Any
 
 from celery import Celery, Task, signals
+from celery.exceptions import Reject
 from opentelemetry import baggage, trace
 
 from telemetry.celery import instrument_celery
@@ -55,6 +56,13 @@ def flaky(self: Task) -> None:
 @app.task(name="test.fail")
 def fail() -> None:
     raise ValueError(SECRET)
+
+
+@app.task(name="test.refuse", bind=True, acks_late=True)
+def refuse(self: Task) -> None:
+    """Given back to the broker once, as a worker does whose engine was lost."""
+    if not self.request.delivery_info["redelivered"]:
+        raise Reject("not now", requeue=True)
 
 
 @app.task(name="test.meet")

@@ -30,6 +30,10 @@ def failure() -> None:
     tasks.fail.apply_async(task_id="failure")
 
 
+def rejected() -> None:
+    tasks.refuse.apply_async(task_id="rejected")
+
+
 def by_name() -> None:
     tasks.app.send_task("elsewhere.unknown", task_id="by_name", queue="nobody")
 
@@ -65,7 +69,16 @@ def dead_broker() -> None:
 def main() -> None:
     telemetry = configure("test-publisher")
     instrument_celery()
-    scenarios: list[Callable[[], None]] = [plain, retry, failure, by_name, again, twice, dead_broker]
+    scenarios: list[Callable[[], None]] = [
+        plain,
+        retry,
+        failure,
+        rejected,
+        by_name,
+        again,
+        twice,
+        dead_broker,
+    ]
     trace_ids = {}
     for scenario in scenarios:
         with trace.get_tracer("test").start_as_current_span(scenario.__name__):

@@ -39,7 +39,7 @@ def check_trace_invariants(
         external: span ids that are nobody's of ours: a client's parent, a link's target elsewhere.
         foreign_services: services (the client's) whose span names and attributes are their own.
         canaries: texts of prompts and outputs, which no string of any span may contain.
-        failed_job_ids: the jobs that ended as failed; their last attempts, no others, are errors. None: not asked.
+        failed_job_ids: the failed jobs, whose last attempts and no others are errors. None: not asked.
     """
     ours = [span for span in spans if span.service not in foreign_services]
     breaches = [
@@ -86,9 +86,11 @@ def _ids_and_times(spans: Sequence[SpanRecord]) -> Iterator[str]:
 
 
 def _is_inside(span: SpanRecord, parent: SpanRecord) -> bool:
-    """Below a PRODUCER everything happens later, but nothing earlier."""
+    """Below a PRODUCER everything happens later; the wait begins with a stamp taken just before the send."""
+    if parent.kind == "PRODUCER":
+        return span.end_ns >= parent.start_ns
     starts_after = span.start_ns >= parent.start_ns - _TOLERANCE_NS
-    return starts_after and (parent.kind == "PRODUCER" or span.end_ns <= parent.end_ns + _TOLERANCE_NS)
+    return starts_after and span.end_ns <= parent.end_ns + _TOLERANCE_NS
 
 
 def _deliveries(spans: Sequence[SpanRecord]) -> Iterator[str]:
@@ -118,17 +120,15 @@ def _deliveries(spans: Sequence[SpanRecord]) -> Iterator[str]:
 
 
 def _usage(spans: Sequence[SpanRecord]) -> Iterator[str]:
-    """Tokens are counted once: on generation spans, and one of those a completion."""
-    responses = Counter(
-        span.attributes.get(names.GEN_AI_RESPONSE_ID) for span in spans if _is_generation(span)
-    )
-    for response_id, count in responses.items():
-        if count > 1:
-            yield f"one generation span a completion: {response_id!r} has {count}"
+    """Tokens are counted once: on generation spans, and each of those belongs to one delivery."""
+    by_id = {span.span_id: span for span in spans}
     for span in spans:
         gen_ai = [key for key in span.attributes if key.startswith("gen_ai.")]
         if gen_ai and not _is_generation(span):
             yield f"gen_ai.* on generation spans only: {span.name} has {gen_ai}"
+        parent = by_id.get(span.parent_id or "")
+        if _is_generation(span) and (parent is None or parent.kind != "CONSUMER"):
+            yield f"a generation lies below a process span: {span.name} does not"
 
 
 def _is_generation(span: SpanRecord) -> bool:

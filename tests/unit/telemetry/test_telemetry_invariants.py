@@ -107,6 +107,7 @@ def test_invariants_hold_for_a_retried_job() -> None:
         ([with_attributes(SERVER, http__method="POST"), *GOOD[1:]], "every attribute is in the table"),
         ([with_attributes(SERVER, url__path=7), *GOOD[1:]], "every attribute has its type"),
         ([replace(SERVER, attributes={}), *GOOD[1:]], "lacks http.request.method"),
+        ([*GOOD, span(5, SERVER.span_id, "text_completion m", "INTERNAL", 1, 2)], "below a process span"),
         ([SERVER, SEND, replace(FIRST, name="run/x"), SECOND], "every span is in the table"),
         ([with_attributes(SERVER, url__path="/San Francisco"), *GOOD[1:]], "no prompt or output"),
         ([SERVER, SEND, FIRST, replace(SECOND, status="ERROR")], "ERROR iff the job failed"),
