@@ -32,10 +32,13 @@ class ServeOptions:
 def environment(options: ServeOptions, base: Mapping[str, str]) -> dict[str, str]:
     """Return `base` with the options written into it."""
     model = options.model or base.get("THROUGHLINE_MODEL")
+    has_threads = "THROUGHLINE_NUM_THREADS" in base or "OMP_NUM_THREADS" in base
     given = {
         "THROUGHLINE_REDIS_URL": options.redis_url,
         "THROUGHLINE_MODEL": absolute_model(model) if model else None,
         "THROUGHLINE_SERVED_MODEL_NAMES": ",".join(served_names(options, base)),
+        # Too small to gain from a second thread: on two busy cores, waiting for it made a step 80 times longer.
+        "THROUGHLINE_NUM_THREADS": None if model or has_threads else "1",
         "THROUGHLINE_DTYPE": options.dtype,
         "THROUGHLINE_DEVICE": options.device,
         "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": options.otlp_traces_endpoint,

@@ -1,0 +1,41 @@
+# One command a chore. Everything but `setup`, `clean` and `help` installs first, which costs nothing the second time.
+#   PYTHON=python3.12 chooses the interpreter, ARGS="..." adds arguments to demo, up, test and bench.
+VENV ?= .venv
+BIN = $(VENV)/bin
+BOOTSTRAP = VENV="$(VENV)" sh scripts/bootstrap.sh
+
+.PHONY: help setup demo test check up bench builtin-model clean
+.DEFAULT_GOAL := help
+
+help: ## say what there is
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | while IFS='	' read -r name text; do printf '  make %-15s %s\n' "$$name" "$$text"; done
+
+setup: ## make .venv and install everything into it
+	@$(BOOTSTRAP)
+
+demo: setup ## see it work: stack, jobs, completions, one trace
+	@$(BIN)/throughline demo $(ARGS)
+
+up: setup ## keep the stack running on 127.0.0.1:8000 until Ctrl-C
+	@$(BIN)/throughline up $(ARGS)
+
+test: setup ## run all tests
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+check: ## lint, format, types, import contracts, shell scripts
+	@$(BOOTSTRAP) check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@for script in scripts/*.sh .ci/run; do sh -n "$$script" || exit 1; done
+
+bench: setup ## measure, see benchmarks/README.md
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+builtin-model: setup ## train the built-in model again, from text the project makes itself
+	@$(BIN)/python scripts/builtin_model/train.py $(ARGS)
+
+clean: ## remove what was built and installed, and the state of `make up`
+	rm -rf "$(VENV)" .throughline .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
