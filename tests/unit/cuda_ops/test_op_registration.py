@@ -1,0 +1,55 @@
+"""Schemas, fakes and mutation marks of every op, as torch itself checks them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import cuda_ops
+from cuda_ops.registry import NAMESPACE
+
+torch.set_num_threads(1)
+
+BLOCKS = (3, 2, 4, 8)
+
+
+def make_arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    torch.manual_seed(0)
+    rows, residual, size = torch.randn(5, 16, dtype=dtype), torch.randn(5, 16, dtype=dtype), 16
+    weight, bias = torch.randn(size, dtype=dtype), torch.randn(size, dtype=dtype)
+    query, key = torch.randn(5, 4, 8, dtype=dtype), torch.randn(5, 2, 8, dtype=dtype)
+    caches = torch.randn(BLOCKS, dtype=dtype), torch.randn(BLOCKS, dtype=dtype)
+    tables = torch.tensor([[2, 0], [1, 0]], dtype=torch.int32)
+    lengths = torch.tensor([6, 3], dtype=torch.int32)
+    starts = torch.tensor([0, 3, 5], dtype=torch.int32)
+    decoding, out = query[:2], torch.empty_like(query)
+    return {
+        "rms_norm": (rows, weight, 1e-5),
+        "add_rms_norm": (rows, residual, weight, 1e-5),
+        "layer_norm": (rows, weight, bias, 1e-5),
+        "add_layer_norm": (rows, residual, None, None, 1e-5),
+        "rotary_embedding": (query.clone(), key.clone(), torch.randn(5, 8)),
+        "silu_and_mul": (rows,),
+        "write_kv": (key, key.clone(), *caches, torch.tensor([11, 0, 3, 4, 9])),
+        "paged_attention_decode": (out[:2], decoding, *caches, tables, lengths, 6, 0.3, 4),
+        "paged_attention_prefill": (out, query, *caches, starts, lengths, tables, 0.3, None),
+    }
+
+
+OPS = sorted(make_arguments(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPS)
+def test_op_passes_torchs_checks_of_its_registration(name: str, dtype: torch.dtype) -> None:
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    results = torch.library.opcheck(overload, make_arguments(dtype)[name])
+
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_every_exported_op_is_checked() -> None:
+    assert sorted(cuda_ops.__all__) == OPS

@@ -1,0 +1,123 @@
+"""Norms, rotary embedding and gated activation, each against the formula in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import cuda_ops
+from cuda_ops.errors import OpInputError
+from tests.support.dense_oracle import ROUNDOFF
+
+torch.set_num_threads(1)
+
+DTYPES = [torch.float32, torch.bfloat16]
+SIZES = [1, 7, 48, 769]
+EPS = 1e-5
+
+
+def make_rows(size: int, dtype: torch.dtype) -> Tensor:
+    """Rows that are a strided slice, with an offset from zero."""
+    torch.manual_seed(size)
+    return (torch.randn(5, size + 3) * 3 + 1).to(dtype)[:, 3:]
+
+
+def exact_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + EPS) * weight + bias
+
+
+def exact_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
+
+
+def norm_tolerance(exact: Tensor, dtype: torch.dtype, size: int) -> float:
+    """One rounding of the result, and float32 sums of `size` terms before it."""
+    return float(exact.abs().max() + 1) * (ROUNDOFF[dtype] + 4 * size * ROUNDOFF[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_rms_norm_equals_its_formula_on_strided_rows(size: int, dtype: torch.dtype) -> None:
+    x, weight = make_rows(size, dtype), torch.randn(size).to(dtype)
+
+    exact = exact_rms_norm(x.double(), weight.double())
+
+    error = (cuda_ops.rms_norm(x, weight, EPS).double() - exact).abs().max()
+    assert error <= norm_tolerance(exact, dtype, size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_layer_norm_equals_its_formula_on_strided_rows(size: int, dtype: torch.dtype) -> None:
+    x, weight, bias = make_rows(size, dtype), torch.randn(size).to(dtype), torch.randn(size).to(dtype)
+
+    exact = exact_layer_norm(x.double(), weight.double(), bias.double())
+
+    # With one element the variance is rounding alone, which 1 / sqrt(eps) magnifies.
+    slack = 8 * ROUNDOFF[torch.float32] / math.sqrt(EPS)
+    error = (cuda_ops.layer_norm(x, weight, bias, EPS).double() - exact).abs().max()
+    assert error <= norm_tolerance(exact, dtype, size) + slack
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adding_norms_update_the_residual_and_normalise_the_sum(dtype: torch.dtype) -> None:
+    x, weight, bias = make_rows(48, dtype), torch.randn(48).to(dtype), torch.randn(48).to(dtype)
+    residual = torch.randn(5, 48).to(dtype)
+    total = residual + x
+
+    for_rms, for_layer = residual.clone(), residual.clone()
+    by_rms = cuda_ops.add_rms_norm(x, for_rms, weight, EPS)
+    by_layer = cuda_ops.add_layer_norm(x, for_layer, weight, bias, EPS)
+
+    assert torch.equal(for_rms, total)
+    assert torch.equal(for_layer, total)
+    assert torch.equal(by_rms, cuda_ops.rms_norm(total, weight, EPS))
+    assert torch.equal(by_layer, cuda_ops.layer_norm(total, weight, bias, EPS))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotary_dim", [2, 8, 16])
+def test_rotary_embedding_turns_pairs_as_complex_numbers(rotary_dim: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(rotary_dim)
+    heads = torch.randn(6, 5, 16).to(dtype)
+    angles = torch.randn(6, rotary_dim // 2) * 50
+    exact = heads.double()
+    half = rotary_dim // 2
+    pairs = torch.complex(exact[..., :half], exact[..., half:rotary_dim])
+    turned = pairs * torch.polar(torch.ones_like(angles), angles).to(torch.complex128).unsqueeze(1)
+    exact = torch.cat((turned.real, turned.imag, exact[..., rotary_dim:]), dim=-1)
+
+    actual = heads.clone()
+    cuda_ops.rotary_embedding(actual[:, :3], actual[:, 3:], torch.cat((angles.cos(), angles.sin()), -1))
+
+    # The table is float32: two products and a sum of it, and one rounding.
+    bound = float(heads.abs().max()) * (2 * ROUNDOFF[dtype] + 8 * ROUNDOFF[torch.float32])
+    assert (actual.double() - exact).abs().max() <= bound
+
+
+def test_rotary_embedding_refuses_a_table_wider_than_a_head() -> None:
+    heads = torch.zeros(2, 1, 4)
+
+    with pytest.raises(OpInputError, match="at most head_dim"):
+        cuda_ops.rotary_embedding(heads, heads, torch.zeros(2, 6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 7, 80])
+def test_silu_and_mul_equals_its_formula_on_strided_rows(size: int, dtype: torch.dtype) -> None:
+    x = make_rows(2 * size, dtype)
+    gate, up = x.double().chunk(2, dim=-1)
+    exact = gate / (1 + torch.exp(-gate)) * up
+
+    error = (cuda_ops.silu_and_mul(x).double() - exact).abs()
+
+    assert (error <= exact.abs() * (ROUNDOFF[dtype] + 8 * ROUNDOFF[torch.float32]) + 1e-30).all()
+
+
+def test_silu_and_mul_refuses_an_odd_width() -> None:
+    with pytest.raises(OpInputError, match="must be even"):
+        cuda_ops.silu_and_mul(torch.zeros(2, 3))
