@@ -41,26 +41,34 @@ class ModelRunner:
 
 
 def count_parameters(model: CausalLM) -> int:
-    """Elements of all tensors that the model holds, those it holds twice counted once."""
-    seen: set[int] = set()
-    return _count_elements(model, seen)
+    """Elements of the model's weights; tied ones count once, and so do those laid out a second time."""
+    tensors: dict[int, Tensor] = {}
+    _collect_tensors(model, tensors, set())
+    dense = {(tensor.data_ptr(), tensor.shape) for tensor in tensors.values() if not tensor.is_mkldnn}
+    packed = [tensor.shape for tensor in tensors.values() if tensor.is_mkldnn]
+    if model.config.tie_word_embeddings:
+        # A packed head is another layout of the embedding, which is there as well.
+        packed = [shape for shape in packed if shape[0] != model.config.vocab_size]
+    return sum(shape.numel() for shape in (*packed, *(shape for _, shape in dense)))
 
 
-def _count_elements(part: object, seen: set[int]) -> int:
+def _collect_tensors(part: object, tensors: dict[int, Tensor], seen: set[int]) -> None:
+    if id(part) in seen:
+        return
+    seen.add(id(part))
     if isinstance(part, Tensor):
-        key = id(part) if part.is_mkldnn else part.data_ptr()  # a packed weight has no address
-    elif isinstance(part, list | tuple) or type(part).__module__.startswith("engine."):
-        key = id(part)
-    else:
-        return 0
-    if key in seen:
-        return 0
-    seen.add(key)
-    return part.numel() if isinstance(part, Tensor) else sum(_count_elements(p, seen) for p in _members(part))
+        tensors[id(part)] = part
+        return
+    for member in _members(part):
+        _collect_tensors(member, tensors, seen)
 
 
 def _members(part: object) -> Sequence[object]:
     if isinstance(part, list | tuple):
         return part
-    slots = [getattr(part, name) for name in getattr(part, "__slots__", ()) if hasattr(part, name)]
-    return [*slots, *vars(part).values()] if hasattr(part, "__dict__") else slots
+    module = type(part).__module__
+    # Rotary frequencies follow from the configuration, so they are no weights.
+    if not module.startswith("engine.") or module == "engine.layers.rotary":
+        return ()
+    slots = [getattr(part, name, None) for name in getattr(part, "__slots__", ())]
+    return [*slots, *getattr(part, "__dict__", {}).values()]

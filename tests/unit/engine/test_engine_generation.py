@@ -374,3 +374,15 @@ def test_engine_makes_the_cache_no_larger_than_its_sequences_can_fill(opt_folder
     engine = make_engine(opt_folder, num_blocks=None, max_num_sequences=3, block_size=16)
 
     assert engine.model_info.num_blocks == 3 * 256 // 16
+
+
+def test_engine_counts_parameters_as_transformers_does(
+    opt_folder: Path, opt_reference: transformers.PreTrainedModel
+) -> None:
+    assert make_engine(opt_folder).model_info.num_parameters == opt_reference.num_parameters()
+
+
+def test_engine_counts_no_position_table_as_parameters(llama_folder: Path) -> None:
+    reference = transformers.AutoModelForCausalLM.from_pretrained(llama_folder)
+
+    assert make_engine(llama_folder).model_info.num_parameters == reference.num_parameters()
