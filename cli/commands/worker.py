@@ -41,8 +41,6 @@ def command(
     """
     serve = ServeOptions(model, served_model_names, redis_url, otlp_traces_endpoint, dtype, device)
     environ = settings.with_project_importable(settings.environment(serve, os.environ))
-    # SIGTERM is what supervisors and containers send; Celery's soft shutdown listens to SIGQUIT.
-    environ["REMAP_SIGTERM"] = "SIGQUIT"
     # Celery imports the app with its current folder first on the path, where another `workers` could lie.
     os.chdir(settings.PROJECT_FOLDER)
     os.execve(sys.executable, celery_argv(name), environ)
