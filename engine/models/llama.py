@@ -206,8 +206,9 @@ class Llama:
         self._tokens = checkpoint.take("embed_tokens.weight", config.vocab_size, config.hidden_size)
         self._layers = [LlamaLayer(config, checkpoint, index) for index in range(config.num_layers)]
         self._final_norm = RMSNorm.load(checkpoint, "norm", config.hidden_size, config.norm_eps)
-        self._head = Linear.pack(self._tokens)
-        if not config.tie_word_embeddings:
+        if config.tie_word_embeddings:
+            self._head = Linear.pack(self._tokens)
+        else:
             self._head = Linear.load(
                 checkpoint, "lm_head", config.vocab_size, config.hidden_size, has_bias=False
             )

@@ -166,8 +166,9 @@ class OPT:
         self._final_norm: LayerNorm | None = None
         if config.has_final_norm:
             self._final_norm = _load_norm(config, checkpoint, "decoder.final_layer_norm")
-        self._head = Linear.pack(self._tokens)
-        if not config.tie_word_embeddings:
+        if config.tie_word_embeddings:
+            self._head = Linear.pack(self._tokens)
+        else:
             self._head = Linear.load(checkpoint, "lm_head", config.vocab_size, narrow, has_bias=False)
         checkpoint.finish(ignored_endings=("lm_head.weight",))
 

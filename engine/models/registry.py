@@ -9,7 +9,7 @@ from typing import Final
 from engine.checkpoint import Checkpoint
 from engine.errors import ModelLoadError
 from engine.model_config import ConfigFields
-from engine.models import CausalLM, llama, opt
+from engine.models import CausalLM, gpt2, llama, opt
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,7 @@ _LLAMA: Final = Family(llama.Llama.load, "model.")
 
 FAMILIES: Final[Mapping[str, Family]] = {
     "OPTForCausalLM": _OPT,
+    "GPT2LMHeadModel": Family(gpt2.GPT2.load, "transformer."),
     **dict.fromkeys(llama.ARCHITECTURES, _LLAMA),
 }
 

@@ -170,4 +170,4 @@ def _spread_weights(model: torch.nn.Module, seed: int) -> None:
             gain = 1.0 if "embed" in name or ".wte." in name or ".wpe." in name else 3.0
             parameter.copy_(noise * gain * parameter.shape[1] ** -0.5)
         else:
-            parameter.copy_(0.1 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+            parameter.copy_(0.1 * noise + (1.0 if name.endswith("weight") else 0.0))

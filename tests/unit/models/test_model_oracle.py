@@ -1,0 +1,125 @@
+"""Every architecture against `transformers` on the same random weights, through shuffled pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from engine.models import CausalLM
+from engine.weights import load_model
+from tests.support.model_folders import MODEL_KINDS, ModelKind, make_model_folder
+from tests.support.paged_driver import PagedDriver, PagedSequence
+
+torch.set_num_threads(1)
+
+TOLERANCE = 1e-3
+PROMPT_LENGTHS = (1, 5, 13, 30)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    ours: CausalLM
+    oracle: Any
+
+    def oracle_logits(self, token_ids: list[int]) -> Tensor:
+        logits: Tensor = self.oracle(torch.tensor([token_ids])).logits[0]
+        return logits.float()
+
+
+@pytest.fixture(scope="module", params=MODEL_KINDS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    kind: ModelKind = request.param
+    return make_model_folder(kind, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def inference_mode() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def load_pair(folder: Path, dtype: torch.dtype = torch.float32) -> Pair:
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return Pair(load_model(str(folder), dtype=dtype, device=torch.device("cpu")).model, oracle)
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path) -> Pair:
+    return load_pair(folder)
+
+
+def make_prompts(seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(4, 384, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
+
+
+def greatest_difference(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+def test_prefill_of_mixed_lengths_gives_the_oracles_logits(pair: Pair) -> None:
+    prompts = make_prompts()
+
+    ours = PagedDriver(pair.ours).run([(PagedSequence(prompt), len(prompt)) for prompt in prompts])
+
+    for prompt, logits in zip(prompts, ours, strict=True):
+        assert logits.dtype is torch.float32
+        assert greatest_difference(logits, pair.oracle_logits(prompt)) < TOLERANCE
+
+
+def test_prefill_in_chunks_beside_decodes_gives_the_oracles_logits(pair: Pair) -> None:
+    driver = PagedDriver(pair.ours, block_size=3)
+    decoding, chunked = (PagedSequence(prompt) for prompt in (make_prompts(1)[2], make_prompts(2)[3]))
+    got: dict[int, list[Tensor]] = {id(decoding): [], id(chunked): []}
+    steps = [[(decoding, 12)], [(decoding, 1), (chunked, 7)], [(chunked, 20)], [(chunked, 3)]]
+
+    for step in steps:
+        for (sequence, _), logits in zip(step, driver.run(step), strict=True):
+            got[id(sequence)].append(logits)
+
+    for sequence in (decoding, chunked):
+        ours = torch.cat(got[id(sequence)])
+        assert greatest_difference(ours, pair.oracle_logits(sequence.token_ids)) < TOLERANCE
+
+
+def test_greedy_decoding_of_a_batch_gives_the_oracles_tokens(pair: Pair) -> None:
+    prompts = make_prompts(3)
+
+    ours = PagedDriver(pair.ours, block_size=4).generate(prompts, 16)
+
+    assert ours == [generate_with_oracle(pair, prompt, 16) for prompt in prompts]
+    assert len({token for tokens in ours for token in tokens}) > 5, "degenerate weights prove little"
+
+
+def generate_with_oracle(pair: Pair, prompt: list[int], num_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(int(pair.oracle_logits(tokens)[-1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_bfloat16_is_as_close_to_float32_as_the_oracles_bfloat16(folder: Path, pair: Pair) -> None:
+    """Both round in about the same places, so our error may not be a multiple of theirs."""
+    halves = load_pair(folder, torch.bfloat16)
+    prompts = make_prompts(4)
+    ours = PagedDriver(halves.ours, dtype=torch.bfloat16).run([(PagedSequence(p), len(p)) for p in prompts])
+
+    exact = [pair.oracle_logits(prompt) for prompt in prompts]
+    our_error = torch.cat([a - b for a, b in zip(ours, exact, strict=True)]).square().mean().sqrt()
+    their_error = (
+        torch.cat(
+            [halves.oracle_logits(prompt) - logits for prompt, logits in zip(prompts, exact, strict=True)]
+        )
+        .square()
+        .mean()
+        .sqrt()
+    )
+
+    assert our_error < 1.5 * their_error
