@@ -55,6 +55,11 @@ def transport_options(settings: JobsSettings) -> dict[str, Any]:
         "socket_timeout": settings.socket_timeout_seconds,
         "socket_connect_timeout": min(3.0, settings.socket_timeout_seconds),
         "socket_keepalive": True,
+        # kombu retries inside the transport too; a publisher that must answer its client cannot wait for that
+        "max_retries": 1,
+        "interval_start": 0,
+        "interval_step": 0.1,
+        "interval_max": 0.2,
         "global_keyprefix": f"{settings.key_prefix}celery:",
     }
 

@@ -28,7 +28,6 @@ from jobs.redis_store import RedisAttemptStore
 from jobs.registry import BEAT_SECONDS, ModelCard, queue_name
 from jobs.settings import JobsSettings
 from telemetry.celery import instrument_celery
-from telemetry.settings import TelemetrySettings
 from telemetry.setup import Telemetry, configure
 from workers.attempt import AttemptRunner, Delivery, Verdict
 from workers.holding import Holding
@@ -83,9 +82,9 @@ class WorkerService:
             EngineStartError: one line for the operator.
         """
         self._telemetry = configure(SERVICE_NAME)
-        instrument_celery()
+        instrument_celery(uses_links_only=self._telemetry.settings.uses_links_only)
         facts = self._runtime.start()
-        self._runner = self._create_runner()
+        self._runner = self._create_runner(self._telemetry)
         self._holding.start()
         self._reconciler = Reconciler(self._ledger, CeleryPublisher(self._app), self._clock, self.worker)
         self._reconciler.start()
@@ -129,13 +128,12 @@ class WorkerService:
             on_fatal=self._give_up,
         )
 
-    def _create_runner(self) -> AttemptRunner:
-        telemetry_settings = TelemetrySettings.from_environment(os.environ)
+    def _create_runner(self, telemetry: Telemetry) -> AttemptRunner:
         return AttemptRunner(
             store=self._store,
             runtime=self._runtime,
             holding=self._holding,
-            observer=AttemptObserver(self._settings.names[0], telemetry_settings.captures_content),
+            observer=AttemptObserver(self._settings.names[0], telemetry.settings.captures_content),
             clock=self._clock,
             worker=self.worker,
             lease_seconds=self._jobs_settings.lease_seconds,
