@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from engine.checkpoint import Checkpoint
-from engine.errors import ModelLoadError
 from engine.hub import find_folder
 from engine.model_config import ConfigFields, ModelConfig
 from engine.models import CausalLM
@@ -67,10 +66,10 @@ def load_model(
     fields = ConfigFields.from_file(folder / "config.json")
     architecture, family = find_family(fields)
     tokenizer = Tokenizer.from_folder(folder)
+    _check_vocabulary(fields, tokenizer)
     report(f"loading the weights of {architecture}")
     checkpoint = Checkpoint.open(folder, name_prefix=family.name_prefix, dtype=dtype, device=device)
     model = family.load(fields, architecture, checkpoint)
-    _check_vocabulary(folder, model.config, tokenizer)
     eos = _read_eos(folder) or model.config.eos_token_ids or tokenizer.eos_token_ids
     return LoadedModel(model, model.config, tokenizer, GenerationConfig(eos))
 
@@ -80,13 +79,10 @@ def _read_eos(folder: Path) -> tuple[int, ...]:
     return ConfigFields.from_file(path).token_ids("eos_token_id") if path.is_file() else ()
 
 
-def _check_vocabulary(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
+def _check_vocabulary(fields: ConfigFields, tokenizer: Tokenizer) -> None:
     # A larger model vocabulary is common: it is padded to a round number.
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ModelLoadError(
-            str(folder),
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}",
-        )
+    if tokenizer.vocab_size > fields.integer("vocab_size"):
+        raise fields.invalid("vocab_size", f"must be at least the tokenizer's {tokenizer.vocab_size} tokens")
 
 
 def _ignore(_: str) -> None:
