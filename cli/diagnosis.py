@@ -94,7 +94,7 @@ def _external_redis(choice: ExternalRedis) -> Finding:
     except RedisUnreachableError as error:
         return Finding("redis server", "missing", f"{error} (from {choice.source})")
     return Finding(
-        "redis", "ok", f"{redis_server.without_password(choice.url)} answers (from {choice.source})"
+        "redis server", "ok", f"{redis_server.without_password(choice.url)} answers (from {choice.source})"
     )
 
 

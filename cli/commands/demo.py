@@ -160,7 +160,7 @@ async def _run_stack(
                 watching.cancel()
                 return playing.result()
             await supervisor.stop()  # requests in flight fail, and so the scenario ends
-            await asyncio.wait({playing}, timeout=limit_seconds)
+            await asyncio.gather(playing, return_exceptions=True)  # what ended the stack says more than this
     await watching
     raise DemoError("interrupted" if supervisor.was_asked_to_stop else "the deadline passed")
 

@@ -141,7 +141,9 @@ def _durability(data_folder: Path) -> tuple[str, ...]:
         "--maxmemory-policy",
         "noeviction",
     )
-    return ("--dir", str(data_folder), *durable, "--daemonize", "no", "--loglevel", "warning")
+    # With its title left alone a process list shows whose data folder it serves.
+    plain = ("--daemonize", "no", "--loglevel", "warning", "--set-proc-title", "no")
+    return ("--dir", str(data_folder), *durable, *plain)
 
 
 def socket_url(socket: Path) -> str:
