@@ -17,6 +17,7 @@ ApiError
 ├── JobLost                  503  accepted, then gone from the store
 ├── DeadlineExceeded         504  the job expired
 ├── WaitTimeout              504  the wait ended before the job
+├── Stopping                 503  this process ends before the reply was there
 └── InternalError            500  ours; says nothing
 
 The errors of `jobs` are in the same table. OpenAI's clients repeat 408, 409, 429 and 5xx by themselves,
@@ -162,6 +163,11 @@ class WaitTimeout(ApiError):
         self.job_id = id
 
 
+class Stopping(ApiError):
+    def __init__(self) -> None:
+        super().__init__("the server is stopping; try again")
+
+
 class InternalError(ApiError):
     def __init__(self) -> None:
         super().__init__("the server failed to handle the request")
@@ -196,6 +202,7 @@ TABLE: Mapping[type[Exception], ErrorReply] = {
     JobLost: ErrorReply(503, "server_error", "job_lost", retry_after_seconds=1),
     DeadlineExceeded: ErrorReply(504, "server_error", "deadline_exceeded", should_retry=False),
     WaitTimeout: ErrorReply(504, "server_error", "wait_timeout", should_retry=False),
+    Stopping: ErrorReply(503, "server_error", "stopping", retry_after_seconds=1),
     InternalError: ErrorReply(500, "server_error", "internal_error"),
     StoreUnavailable: ErrorReply(503, "server_error", StoreUnavailable.reason, retry_after_seconds=2),
     QueueFull: ErrorReply(429, "rate_limit_error", QueueFull.reason, retry_after_seconds=10),

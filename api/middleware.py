@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import traceback
@@ -12,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import NO_TRACE_ID, BodyTooLarge, InternalError, error_response
+from api.errors import NO_TRACE_ID, BodyTooLarge, InternalError, Stopping, error_response
 from telemetry.http import current_trace_id
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -39,6 +40,11 @@ class RequestContext:
         reply = _StampedReply(send, request_id=_request_id(scope))
         try:
             await self._app(scope, receive, reply)
+        except asyncio.CancelledError:
+            if reply.has_started:
+                raise
+            # The server stops and waits no longer; another replica, or this one after its restart, will do.
+            await error_response(Stopping())(scope, receive, reply)
         except ClientDisconnect:
             _logger.info("A client left while sending its body")
         except Exception as error:  # the edge: whatever it is, the client is owed a reply

@@ -12,16 +12,16 @@ from uuid import uuid4
 from fastapi import Depends, Request
 
 from api.catalog import Catalog
+from api.connections import connect_reader, connect_shared
 from api.intake import Intake, IntakeLimits
 from api.prompts import Prompts
 from api.settings import ApiSettings
 from api.submission import Submission, SubmissionLimits
-from api.waiting import ReplyReader
+from api.waiting import READ_SECONDS, ReplyReader
 from jobs.clock import Clock, SystemClock
 from jobs.errors import StoreUnavailable
 from jobs.model import ReplicaId
 from jobs.queue import CeleryPublisher, Publisher, create_celery
-from jobs.redis_connection import connect_async
 from jobs.redis_registry import RedisModelDirectory
 from jobs.redis_store import RedisSubmissionStore
 from jobs.registry import ModelDirectory
@@ -36,6 +36,8 @@ class Backends:
     """The outside world of the API."""
 
     store: SubmissionStore
+    reply_stream: SubmissionStore
+    """The same store over a connection of the reply reader's own."""
     directory: ModelDirectory
     publisher: Publisher
     clock: Clock
@@ -70,15 +72,18 @@ def redis_backends(settings: JobsSettings) -> Connect:
 
     @asynccontextmanager
     async def connect() -> AsyncIterator[Backends]:
-        client = connect_async(settings)
+        client = connect_shared(settings)
+        reading = connect_reader(settings, block_seconds=READ_SECONDS)
         try:
             yield Backends(
                 store=RedisSubmissionStore(client, settings),
+                reply_stream=RedisSubmissionStore(reading, settings),
                 directory=RedisModelDirectory(client, settings),
                 publisher=CeleryPublisher(create_celery(settings)),
                 clock=SystemClock(),
             )
         finally:
+            await reading.aclose()
             await client.aclose()
 
     return connect
@@ -121,5 +126,5 @@ def _build(settings: ApiSettings, backends: Backends) -> Services:
         catalog=catalog,
         intake=Intake(catalog, Prompts(backends.directory), backends.clock, intake_limits),
         submission=Submission(backends.store, backends.publisher, backends.clock, submission_limits),
-        replies=ReplyReader(backends.store, ReplicaId(f"api-{uuid4().hex}")),
+        replies=ReplyReader(backends.store, ReplicaId(f"api-{uuid4().hex}"), stream=backends.reply_stream),
     )

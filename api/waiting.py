@@ -39,11 +39,20 @@ class WaitOutcome(Enum):
 
 
 class ReplyReader:
-    """Belongs to one event loop; `run` is its only reader."""
+    """Belongs to one event loop; `run` is its only reader.
 
-    def __init__(self, store: SubmissionStore, replica: ReplicaId) -> None:
+    Args:
+        store: for watching jobs.
+        replica: whose reply stream it is.
+        stream: for the blocking read alone, over a connection that tells of every cut; `store` when left out.
+    """
+
+    def __init__(
+        self, store: SubmissionStore, replica: ReplicaId, *, stream: SubmissionStore | None = None
+    ) -> None:
         self.replica = replica
         self._store = store
+        self._stream = stream if stream is not None else store
         self._waiters: dict[JobId, set[Ending]] = {}
 
     @property
@@ -51,15 +60,20 @@ class ReplyReader:
         return sum(map(len, self._waiters.values()))
 
     async def run(self) -> None:
-        """Read and hand out until cancelled; a store that is away is waited for."""
+        """Read and hand out until cancelled; a store that is away is waited for.
+
+        `cancelling` is looked at because redis-py's client loses a cancel that meets an arriving reply.
+        """
+        task = asyncio.current_task()
+        assert task is not None
         position, pause = "0", FIRST_PAUSE_SECONDS
         is_cut, checked_at = False, self._now()
-        while True:
+        while not task.cancelling():
             try:
                 if is_cut or self._now() - checked_at > RECHECK_SECONDS:
                     await self._recheck()
                     is_cut, checked_at, pause = False, self._now(), FIRST_PAUSE_SECONDS
-                for reply in await self._store.read_replies(
+                for reply in await self._stream.read_replies(
                     self.replica, position, block_seconds=READ_SECONDS
                 ):
                     position = reply.position

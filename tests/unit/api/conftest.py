@@ -197,7 +197,7 @@ class InSpan:
 async def running_api(backend: Backend, **settings: Any) -> AsyncIterator[Api]:
     @asynccontextmanager
     async def connect() -> AsyncIterator[Backends]:
-        yield Backends(backend, backend, backend, SystemClock())
+        yield Backends(backend, backend, backend, backend, SystemClock())
 
     app = build_app(ApiSettings(**settings), connect)
     transport = httpx.ASGITransport(InSpan(app))

@@ -263,9 +263,11 @@ async def test_job_is_cancelled_when_the_server_stops_while_its_client_waits(
         call = asyncio.create_task(api.complete())
         id = await api.published()
         call.cancel()
-        await asyncio.wait({call})
+        reply = await call
 
     assert backend._records[id]["state"] == JobState.CANCELLED
+    assert reply.status_code == 503
+    assert reply.json()["error"]["code"] == "stopping"
 
 
 async def test_nobody_waits_any_more_when_a_completion_has_been_answered(api: Any, answers: Any) -> None:

@@ -1,0 +1,280 @@
+"""The API as a process of its own: uvicorn, real Valkey, real broker messages; the worker is played here."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import httpx
+import pytest
+import requests
+from pydantic import SecretStr
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+
+from jobs.model import JobId, WorkerId, new_lease_token
+from jobs.redis_connection import connect
+from jobs.redis_registry import RedisModelAnnouncer
+from jobs.redis_store import RedisAttemptStore
+from jobs.registry import ModelCard
+from jobs.settings import JobsSettings
+from jobs.store import ClaimOutcome
+from tests.support.job_factory import completed
+from tests.support.valkey import ValkeyServer, free_port, running_valkey
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = "house/bytes"
+BODY = {"model": MODEL, "prompt": "San Francisco is a"}
+TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
+QUEUE = "tl:celery:house/bytes.interactive"
+
+
+class PlayedWorker:
+    """Takes messages off the broker's list as Celery would, and settles their jobs."""
+
+    def __init__(self, url: str) -> None:
+        settings = JobsSettings(redis_url=SecretStr(url))
+        self.client = connect(settings)
+        self._store = RedisAttemptStore(self.client, settings)
+        self._announcer = RedisModelAnnouncer(self.client, settings)
+
+    def announce(self, *, now: float) -> None:
+        vocabulary = {character: index for index, character in enumerate(sorted(ByteLevel.alphabet()))}
+        tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+        tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+        card = ModelCard(
+            name=MODEL,
+            vocab_size=256,
+            max_model_len=64,
+            max_num_sequences=8,
+            architecture="OPTForCausalLM",
+            dtype="float32",
+            device="cpu",
+            tokenizer_digest="0" * 64,
+        )
+        self._announcer.announce(card, tokenizer.to_str())
+        self._announcer.beat(MODEL, WorkerId("played"), now=now)
+
+    def take(self, queue: str = QUEUE) -> dict[str, Any]:
+        """The next message; its job is not claimed yet."""
+        taken: Any = self.client.brpop([queue], timeout=10)
+        assert taken is not None, "no message came"
+        message: dict[str, Any] = json.loads(taken[1])
+        return message
+
+    def settle(self, id: JobId) -> None:
+        token = new_lease_token()
+        claim = self._store.claim(id, token, WorkerId("played"), now=1.0, lease_seconds=1e10)
+        assert claim.outcome is ClaimOutcome.CLAIMED
+        self._store.settle(id, token, completed(), now=2.0)
+
+
+@dataclass
+class Server:
+    url: str
+    process: subprocess.Popen[bytes]
+    valkey: ValkeyServer
+    worker: PlayedWorker
+    log: Path
+
+    def post(self, path: str = "/v1/completions", **kwargs: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=kwargs.pop("json", BODY), timeout=30, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running_valkey() as valkey:
+        yield from _serve(valkey, tmp_path_factory.mktemp("api") / "api.log")
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[Server]:
+    """For tests that stop it or its Redis."""
+    with running_valkey() as valkey:
+        yield from _serve(valkey, tmp_path / "api.log")
+
+
+def _serve(valkey: ValkeyServer, log: Path) -> Iterator[Server]:
+    port = free_port()
+    argv = [
+        "-m",
+        "uvicorn",
+        "--factory",
+        "api.app:create_app",
+        "--port",
+        str(port),
+        "--timeout-graceful-shutdown",
+        "1",
+    ]
+    environ = {
+        **{
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("OTEL_", "THROUGHLINE_"))
+        },
+        "THROUGHLINE_REDIS_URL": valkey.url,
+        "THROUGHLINE_SOCKET_TIMEOUT_SECONDS": "1",
+        "THROUGHLINE_PUBLISH_TIMEOUT_SECONDS": "2",
+    }
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, *argv], cwd=ROOT, env=environ, stdout=stream, stderr=stream
+        )
+    worker = PlayedWorker(valkey.url)
+    worker.announce(now=1e12)  # a beat that stays fresh
+    server = Server(f"http://127.0.0.1:{port}", process, valkey, worker, log)
+    try:
+        _until_ready(server)
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+        worker.client.close()
+
+
+def _until_ready(server: Server) -> None:
+    deadline = monotonic() + 60
+    while True:
+        assert server.process.poll() is None, server.log.read_text()
+        assert monotonic() < deadline, server.log.read_text()
+        try:
+            if httpx.get(f"{server.url}/health/ready", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            threading.Event().wait(0.05)
+
+
+def test_completion_travels_through_the_broker_in_the_clients_trace(server: Server) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(server.post, headers={"traceparent": f"00-{TRACE_ID}-b7ad6b7169203331-01"})
+        message = server.worker.take()
+        server.worker.settle(JobId(message["headers"]["id"]))
+        reply = call.result()
+
+    id = message["headers"]["id"]
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["id"] == f"cmpl-{id}"
+    assert reply.headers["x-trace-id"] == TRACE_ID
+    assert message["headers"]["traceparent"].split("-")[1] == TRACE_ID
+    assert json.loads(base64.b64decode(message["body"]))[:2] == [[id], {}]
+    assert "San Francisco" not in json.dumps(message)
+
+
+def test_malformed_traceparent_starts_a_new_trace(server: Server) -> None:
+    reply = server.post(
+        "/v1/jobs", headers={"traceparent": f"00-{TRACE_ID}-nonsense-01", "Prefer": "respond-async"}
+    )
+
+    assert reply.status_code == 202
+    assert reply.headers["x-trace-id"] != TRACE_ID
+    assert reply.json()["trace_id"] == reply.headers["x-trace-id"]
+
+
+@pytest.mark.parametrize("is_chunked", [False, True], ids=["announced", "chunked"])
+def test_body_of_20_mb_is_answered_with_413(server: Server, is_chunked: bool) -> None:
+    """With `requests`, the seed client's library, which sends its whole body before it reads."""
+    megabyte = b"x" * 1_000_000
+    body = (megabyte for _ in range(20)) if is_chunked else megabyte * 20
+
+    reply = requests.post(
+        f"{server.url}/v1/completions", data=body, headers={"Content-Type": "application/json"}, timeout=30
+    )
+
+    assert reply.status_code == 413
+    assert reply.json()["error"]["code"] == "body_too_large"
+    assert reply.headers["X-Trace-Id"]
+
+
+def test_waiting_clients_are_answered_after_redis_was_killed_and_came_back(own_server: Server) -> None:
+    server = own_server
+    with ThreadPoolExecutor(20) as pool:
+        calls = [pool.submit(server.post) for _ in range(20)]
+        ids = [JobId(server.worker.take()["headers"]["id"]) for _ in calls]
+        server.valkey.kill()
+        refused = server.post("/v1/jobs")
+        server.valkey.start()
+        for id in ids:
+            server.worker.settle(id)
+        replies = [call.result() for call in calls]
+
+    assert refused.status_code == 503
+    assert refused.headers["retry-after"]
+    assert [reply.status_code for reply in replies] == [200] * 20
+    assert server.post("/v1/jobs").status_code == 202
+
+
+def test_hung_redis_is_answered_with_503_in_bounded_time_and_the_process_stays_live(
+    own_server: Server,
+) -> None:
+    server = own_server
+    server.valkey.pause()
+    started = monotonic()
+    with ThreadPoolExecutor(10) as pool:
+        replies = list(pool.map(lambda _: server.post("/v1/jobs"), range(10)))
+        live = httpx.get(f"{server.url}/health/live", timeout=1)
+        ready = httpx.get(f"{server.url}/health/ready", timeout=10)
+    server.valkey.resume()
+
+    assert [reply.status_code for reply in replies] == [503] * 10
+    assert monotonic() - started < 15
+    assert (live.status_code, ready.status_code) == (200, 503)
+
+
+def test_stop_ends_the_process_and_the_jobs_that_only_their_clients_wanted(own_server: Server) -> None:
+    server = own_server
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(server.post)
+        id = server.worker.take()["headers"]["id"]
+        server.process.send_signal(signal.SIGTERM)
+        returncode = server.process.wait(15)
+        reply = call.result()
+
+    assert returncode in (0, -signal.SIGTERM)
+    assert reply.status_code == 503
+    assert reply.json()["error"]["code"] == "stopping"
+    assert server.worker.client.hget(f"tl:job:{id}", "state") == "cancelled"
+    assert server.worker.client.keys("tl:replies:*") == []
+    assert "Traceback" not in server.log.read_text(), server.log.read_text()
+
+
+def test_setting_that_breaks_its_rule_is_named(tmp_path: Path) -> None:
+    environ = {**os.environ, "THROUGHLINE_MAX_PROMPTS": "none"}
+
+    done = subprocess.run(
+        [sys.executable, "-c", "import api.app; api.app.create_app()"],
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert done.returncode != 0
+    assert "THROUGHLINE_MAX_PROMPTS='none'" in done.stderr
+
+
+def test_redis_holds_no_connection_of_a_waiter(server: Server) -> None:
+    """However many clients wait: one blocked read, and a pool for the questions."""
+    with ThreadPoolExecutor(30) as pool:
+        calls = [pool.submit(server.post) for _ in range(30)]
+        ids = [JobId(server.worker.take()["headers"]["id"]) for _ in calls]
+        clients: Any = server.worker.client.client_list()
+        blocked = [client for client in clients if client["cmd"] == "xread" and "b" in client["flags"]]
+        for id in ids:
+            server.worker.settle(id)
+        statuses = {call.result().status_code for call in calls}
+
+    assert statuses == {200}
+    assert len(blocked) == 1
