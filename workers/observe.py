@@ -104,7 +104,7 @@ class AttemptObserver:
         first = phases.first_token_at
         return spans.GenerationRecord(
             model=self.model,
-            response_id=f"cmpl-{delivery.id.removeprefix('job_')}",
+            response_id=f"cmpl-{delivery.id}",
             job_id=delivery.id,
             started_at_ns=_wall_ns(phases.arrived_at),
             ended_at_ns=_wall_ns(phases.finished_at),
