@@ -45,6 +45,8 @@ _FAMILIES: Final[Mapping[str, _Family]] = {
     "Qwen3ForCausalLM": _Family(has_head_norm=True, windows_need_switch=True),
 }
 ARCHITECTURES: Final = tuple(_FAMILIES)
+# Leading layers without a window, where a Qwen config switches windows on and does not say.
+_QWEN_FULL_LAYERS: Final = 28
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +121,7 @@ def _read_windows(fields: ConfigFields, family: _Family) -> tuple[int | None, ..
                 "layer_types", f"must name {num_layers} layers, each full_attention or sliding_attention"
             )
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    first = fields.count("max_window_layers", 0) if family.windows_need_switch else 0
+    first = fields.count("max_window_layers", _QWEN_FULL_LAYERS) if family.windows_need_switch else 0
     return tuple(window if index >= first else None for index in range(num_layers))
 
 
