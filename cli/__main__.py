@@ -13,7 +13,7 @@ import click
 
 from cli.errors import CliError
 
-_COMMANDS = ("demo", "up", "api", "worker", "submit", "doctor")
+_COMMANDS = ("demo", "up", "api", "worker", "submit", "doctor", "flower")
 
 
 class _Commands(click.Group):

@@ -37,7 +37,7 @@ def environment(options: ServeOptions, base: Mapping[str, str]) -> dict[str, str
         "THROUGHLINE_REDIS_URL": options.redis_url,
         "THROUGHLINE_MODEL": absolute_model(model) if model else None,
         "THROUGHLINE_SERVED_MODEL_NAMES": ",".join(served_names(options, base)),
-        # Too small to gain from a second thread: on two busy cores, waiting for one made steps 80 times longer.
+        # Too small for a second thread: waiting for it made steps 80 times longer on a busy machine.
         "THROUGHLINE_NUM_THREADS": None if model or has_threads else "1",
         "THROUGHLINE_DTYPE": options.dtype,
         "THROUGHLINE_DEVICE": options.device,

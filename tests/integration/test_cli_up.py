@@ -17,6 +17,7 @@ from cli.demo import seed_client
 from cli.settings import PROJECT_FOLDER
 from tests.support.processes import wait_until
 from tests.support.stack import RunningStack, own_environment, running_stack
+from tests.support.valkey import free_port
 
 EXAMPLES = PROJECT_FOLDER / "examples"
 
@@ -37,6 +38,13 @@ def run(command: list[str], *, stdin: str = "", **variables: str) -> subprocess.
         command, cwd=PROJECT_FOLDER, env={**own_environment(), **variables}, input=stdin,
         capture_output=True, text=True, check=False, timeout=90,
     )  # fmt: skip
+
+
+def read(url: str) -> str:
+    try:
+        return httpx.get(url, timeout=10).text
+    except httpx.TransportError:
+        return ""
 
 
 def is_free(port: int) -> bool:
@@ -111,13 +119,34 @@ def test_submit_says_which_rule_is_broken_when_the_api_refuses(stack: RunningSta
 
 
 def test_doctor_finds_the_running_stack(stack: RunningStack) -> None:
-    redis_url = f"unix://{stack.state_folder}/redis.sock"
-
-    ended = throughline("doctor", "--json", "--url", stack.url, "--redis-url", redis_url)
+    ended = throughline("doctor", "--json", "--url", stack.url, "--redis-url", stack.redis_url)
 
     states = {finding["what"]: finding["state"] for finding in json.loads(ended.stdout)}
     assert ended.returncode == 0
     assert (states["api"], states["redis server"], states["model"]) == ("ok", "ok", "ok")
+
+
+def test_flower_sees_the_worker_when_run_beside_the_stack(stack: RunningStack) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "cli", "flower", "--port", str(port), "--redis-url", stack.redis_url]
+    variables = {**own_environment(), "FLOWER_UNAUTHENTICATED_API": "true"}
+    with subprocess.Popen(command, cwd=PROJECT_FOLDER, env=variables, stderr=subprocess.DEVNULL) as flower:
+        try:
+            wait_until(
+                lambda: f"worker-1-{stack.port}@" in read(f"http://127.0.0.1:{port}/api/workers?refresh=1"),
+                timeout_seconds=30,
+                what="Flower lists the worker",
+            )
+        finally:
+            flower.terminate()
+
+
+def test_worker_health_check_follows_the_beats_of_its_own_host(stack: RunningStack) -> None:
+    command = [sys.executable, str(PROJECT_FOLDER / "infra/docker/worker_health.py")]
+    variables = {"PYTHONPATH": str(PROJECT_FOLDER), "THROUGHLINE_REDIS_URL": stack.redis_url}
+
+    assert run(command, **variables).returncode == 0
+    assert run(command, **variables, THROUGHLINE_KEY_PREFIX="nobody:").returncode == 1
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cli.settings import PROJECT_FOLDER
+from cli.stack import redis_server
 from cli.stack.readiness import readiness
 from tests.support.processes import running_with, wait_until
 from tests.support.valkey import free_port
@@ -41,6 +42,10 @@ class RunningStack:
 
     def arguments(self) -> list[str]:
         return ["--port", str(self.port), "--state-dir", str(self.state_folder)]
+
+    @property
+    def redis_url(self) -> str:
+        return redis_server.socket_url(self.state_folder / "redis.sock")
 
     def log(self) -> str:
         return self._log.read_text()
