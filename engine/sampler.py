@@ -152,20 +152,21 @@ def _most_probable_enough(probabilities: Tensor, rows: SequenceOf[SamplerRow]) -
 
 
 def _holds_nucleus(values: Tensor, rows: SequenceOf[SamplerRow], size: int) -> bool:
-    last = values[:, -1].tolist()
-    largest = values[:, 0].tolist()
-    total = values.sum(dim=-1).tolist()
+    largest, smallest = values[:, 0].tolist(), values[:, -1].tolist()
+    totals = values.sum(dim=-1).tolist()
     return all(
-        0 < row.params.top_k <= size
-        or (row.params.min_p > 0.0 and last[i] < row.params.min_p * largest[i])
-        or (
-            row.params.top_p < 1.0
-            and row.params.top_k == 0
-            and row.params.min_p == 0.0
-            and total[i] >= row.params.top_p
-        )
-        for i, row in enumerate(rows)
+        _holds_row(row.params, size, first, last, total)
+        for row, first, last, total in zip(rows, largest, smallest, totals, strict=True)
     )
+
+
+def _holds_row(params: SamplingParams, size: int, largest: float, smallest: float, total: float) -> bool:
+    """Whether the first cut that applies to the whole vocabulary falls within a head of `size` tokens."""
+    if 0 < params.top_k <= size:
+        return True
+    if params.min_p > 0.0 and smallest < params.min_p * largest:
+        return True
+    return params.top_k == 0 and params.min_p == 0.0 and total >= params.top_p
 
 
 def _is_kept(values: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
@@ -176,9 +177,13 @@ def _is_kept(values: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
     top_p = _column([row.params.top_p for row in rows], values)
     kept = (values >= min_p * values[:, :1]) & (torch.arange(head, device=values.device) < top_k)
     rest = values * kept
-    # top_p holds of what min_p and top_k have left: the shortest head that reaches it.
-    before = rest.cumsum(dim=-1) - rest
-    kept &= (before < top_p * rest.sum(dim=-1, keepdim=True)) | (top_p >= 1.0)
+    cumulative = rest.cumsum(dim=-1)
+    # top_p holds of what min_p and top_k have left: the shortest head that reaches it. They leave no more
+    # than the head; without them all of the vocabulary is left, of which the head is only a part.
+    is_cut = _column([float(row.params.min_p > 0 or row.params.top_k > 0) for row in rows], values) > 0
+    # The last of a running sum, for a plain sum is rounded differently for heads of different lengths.
+    left = torch.where(is_cut, cumulative[:, -1:], 1.0)
+    kept &= (cumulative - rest < top_p * left) | (top_p >= 1.0)
     kept[:, 0] = True
     return kept
 
