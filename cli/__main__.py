@@ -12,6 +12,7 @@ import sys
 import click
 
 from cli.errors import CliError
+from cli.options import examples
 
 _COMMANDS = ("demo", "up", "api", "worker", "submit", "doctor", "flower")
 
@@ -31,20 +32,19 @@ class _Commands(click.Group):
 
 
 @click.group(
-    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=examples(
+        "throughline demo                          see it work, start to end, in a minute",
+        "throughline up                            serve the built-in model on 127.0.0.1:8000",
+        "throughline up --model ./opt-125m         serve a Hugging Face folder",
+        'throughline submit "San Francisco is a"   send a job to it and wait',
+        "throughline doctor                        what is here, what is missing",
+    ),
 )
 @click.version_option(package_name="throughline")
 def _throughline() -> None:
-    r"""Queue-based batch inference for language models, with one trace from client to generation.
-
-    \b
-    Examples:
-      throughline demo                              see it work, start to end, in a minute
-      throughline up                                serve the built-in model on 127.0.0.1:8000
-      throughline up --model ./opt-125m             serve a Hugging Face folder
-      throughline submit "San Francisco is a"       send a job to it and wait
-      throughline doctor                            what is here, what is missing
-    """
+    """Queue-based batch inference for language models, with one trace from client to generation."""
 
 
 def main() -> None:

@@ -18,6 +18,11 @@ DEFAULT_PORT = 8000
 DEFAULT_URL = f"http://{DEFAULT_HOST}:{DEFAULT_PORT}"
 
 
+def examples(*lines: str) -> str:
+    """Return the part of a help text that shows commands, one a line."""
+    return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])
+
+
 def url(*schemes: str, bare_address: bool = False) -> Callable[[str], str]:
     """Return an option type: a URL with one of the schemes, or `host:port` with `bare_address`."""
     rule = " or ".join(f"{scheme}://" for scheme in schemes) + (", or be host:port" if bare_address else "")

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes the virtual environment and installs the project into it; costs nothing when that was done before.
 #
-#   sh scripts/bootstrap.sh [EXTRA...]      extras beside `embedded` and `test`, e.g. check
+#   sh scripts/bootstrap.sh [EXTRA...]      extras beside `embedded`, `worker` and `test`, e.g. check
 #
 #   PYTHON=python3.12     the interpreter to build on
 #   VENV=.venv            where to build
@@ -17,7 +17,7 @@ say() { printf '%s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 
 # What is installed already stays: `make check` adds an extra, and `make test` after it changes nothing.
-extras=embedded,test
+extras=embedded,worker,test
 [ -f "$stamp" ] && extras=$(sed -n 2p "$stamp")
 for extra in "$@"; do
   case ",$extras," in *",$extra,"*) ;; *) extras=$extras,$extra ;; esac

@@ -10,7 +10,15 @@ from cli import options
 from cli.settings import ServeOptions, environment
 
 
-@click.command(name="api", short_help="Run the HTTP API alone.")
+@click.command(
+    name="api",
+    short_help="Run the HTTP API alone.",
+    epilog=options.examples(
+        "REDIS_URL=redis://127.0.0.1:6379/0 throughline api",
+        "throughline api --redis-url unix:///run/redis.sock --served-model-name my-model --port 8080",
+        "opentelemetry-instrument throughline api",
+    ),
+)
 @options.listen_options
 @options.redis_option
 @options.model_options
@@ -27,16 +35,10 @@ def command(
     otlp_traces_endpoint: str | None,
     drain_seconds: float,
 ) -> None:
-    r"""Run the HTTP API alone: it takes jobs and answers, and loads no model.
+    """Run the HTTP API alone: it takes jobs and answers, and loads no model.
 
     It needs a Redis (--redis-url or REDIS_URL) and, somewhere, at least one `throughline worker` on the same
     Redis that serves the same model.
-
-    \b
-    Examples:
-      REDIS_URL=redis://127.0.0.1:6379/0 throughline api
-      throughline api --redis-url unix:///run/redis.sock --served-model-name my-model --port 8080
-      opentelemetry-instrument throughline api
     """
     import logging
 

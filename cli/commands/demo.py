@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import click
+
+from cli import options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,10 +25,15 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 GRACE_SECONDS = 10.0
+_FOREIGN = ("THROUGHLINE_", "OTEL_", "REDIS_URL")
 LOG_WIDTH = 132  # of a file or a CI log, where nothing says how wide it is shown
 
 
-@click.command(name="demo", short_help="Show all of it once: stack, jobs, completions, one trace.")
+@click.command(
+    name="demo",
+    short_help="Show all of it once: stack, jobs, completions, one trace.",
+    epilog=options.examples("throughline demo", "throughline demo --verbose"),
+)
 @click.option(
     "--deadline",
     "deadline_seconds",
@@ -38,16 +44,11 @@ LOG_WIDTH = 132  # of a file or a CI log, where nothing says how wide it is show
 )
 @click.option("--verbose", is_flag=True, help="Show the log of the stack as well.")  # fmt: skip
 def command(deadline_seconds: float, verbose: bool) -> None:
-    r"""Start a stack with the built-in model, send it real requests, show what came of them, and stop it.
+    """Start a stack with the built-in model, send it real requests, show what came of them, and stop it.
 
     Runs the client of vLLM's tracing example unchanged, then a few jobs through submit and poll, a job with a
     list of prompts and a synchronous completion; prints the completions, the timings and the trace of the
     client's request as a tree. Needs no Redis, no GPU and no network; leaves nothing behind.
-
-    \b
-    Examples:
-      throughline demo
-      throughline demo --verbose
     """
     from rich.console import Console
 
@@ -63,6 +64,8 @@ def command(deadline_seconds: float, verbose: bool) -> None:
 
 
 def _run(console: Console, deadline: float, *, verbose: bool) -> Outcome:
+    import asyncio
+
     from cli.errors import CliError
     from cli.stack import runner
     from cli.stack.log import FileLog
@@ -86,8 +89,8 @@ def _run(console: Console, deadline: float, *, verbose: bool) -> Outcome:
 
 def own_environment(base: Mapping[str, str]) -> dict[str, str]:
     """Return `base` without what would aim the demo at somebody's queue, model or collector."""
-    ours = {name: value for name, value in base.items() if not name.startswith(("THROUGHLINE_", "OTEL_"))}
-    # Where nothing can be started, a server that was named serves; a prefix keeps the demo to itself.
+    ours = {name: value for name, value in base.items() if not name.startswith(_FOREIGN)}
+    # Where no server can be started, one that was named serves; a prefix keeps the demo to itself.
     return {**ours, "THROUGHLINE_KEY_PREFIX": f"tl-demo-{os.getpid()}:"}
 
 
@@ -133,6 +136,8 @@ async def _run_stack(
     stack: PreparedStack, receiver: Receiver, log: Log, console: Console, deadline: float
 ) -> Outcome:
     """Play the scenario against a running stack; end with whichever ends first, the play or the stack."""
+    import asyncio
+
     from cli.client import ApiClient
     from cli.demo.scenario import Scenario
     from cli.errors import DemoError

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 _STYLES = {"ok": ("ok", "green"), "note": ("note", "yellow"), "missing": ("missing", "red")}
 
 
-@click.command(name="doctor", short_help="Say what is installed, reachable and would be used.")
+@click.command(
+    name="doctor",
+    short_help="Say what is installed, reachable and would be used.",
+    epilog=options.examples(
+        "throughline doctor",
+        "throughline doctor --model ./opt-125m",
+        "throughline doctor --redis-url redis://10.0.0.5:6379/0 --url http://10.0.0.6:8000",
+    ),
+)
 @options.redis_option
 @click.option("--url", type=options.API_URL, metavar="URL", help="An API that must be ready.")
 @options.otlp_option
@@ -31,15 +39,9 @@ def command(
     model: str | None,
     as_json: bool,
 ) -> None:
-    r"""Say what is installed and reachable, and which server, device and kernels would be used.
+    """Say what is installed and reachable, and which server, device and kernels would be used.
 
     Starts nothing and changes nothing. Exits with 1 when something is missing that the stack needs.
-
-    \b
-    Examples:
-      throughline doctor
-      throughline doctor --model ./opt-125m
-      throughline doctor --redis-url redis://10.0.0.5:6379/0 --url http://10.0.0.6:8000
     """
     from cli.diagnosis import Subject, diagnose
 

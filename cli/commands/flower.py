@@ -12,22 +12,24 @@ from cli.settings import ServeOptions
 DEFAULT_PORT = 5555
 
 
-@click.command(name="flower", short_help="Run Flower: workers, tasks and queues in a browser.")
+@click.command(
+    name="flower",
+    short_help="Run Flower: workers, tasks and queues in a browser.",
+    epilog=options.examples(
+        "throughline flower --redis-url unix://$PWD/.throughline/redis.sock       beside `throughline up`",
+        "REDIS_URL=redis://127.0.0.1:6379/0 throughline flower --port 5556",
+    ),
+)
 @options.redis_option
 @click.option("--host", default=options.DEFAULT_HOST, show_default=True, help="Address it listens on.")
 @click.option(
     "--port", type=options.PORT, default=DEFAULT_PORT, show_default=True, help="Port it listens on."
 )
 def command(redis_url: str | None, host: str, port: int) -> None:
-    r"""Run Flower, Celery's own monitor, on the broker of a stack.
+    """Run Flower, Celery's own monitor, on the broker of a stack.
 
     It needs the application for its broker options, not for its tasks, so it loads no model. Prompts are not
     in the messages and therefore not in Flower.
-
-    \b
-    Examples:
-      throughline flower --redis-url unix://$PWD/.throughline/redis.sock       beside `throughline up`
-      REDIS_URL=redis://127.0.0.1:6379/0 throughline flower --port 5556
     """
     os.environ.update(settings.environment(ServeOptions(redis_url=redis_url), os.environ))
 

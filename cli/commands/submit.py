@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from cli.client import ApiClient, JobView
 
 
-@click.command(name="submit", short_help="Submit prompts as jobs and wait for them.")
+@click.command(
+    name="submit",
+    short_help="Submit prompts as jobs and wait for them.",
+    epilog=options.examples(
+        'throughline submit "San Francisco is a" --max-tokens 20',
+        "throughline submit --file prompts.txt --json > jobs.jsonl",
+        "cat prompts.txt | throughline submit --temperature 0",
+        'throughline submit "Once upon a time" --no-wait',
+    ),
+)
 @click.argument("prompt", required=False)
 @click.option(
     "--file",
@@ -61,16 +70,9 @@ def command(
     timeout_seconds: float,
     **sampling: Any,
 ) -> None:
-    r"""Submit PROMPT, or each line of a file or of standard input, as a job; wait and print what came of it.
+    """Submit PROMPT, or each line of a file or of standard input, as a job; wait and print what came of it.
 
     Jobs survive this command: Ctrl-C stops the waiting, not them. Exits with 1 when a job did not complete.
-
-    \b
-    Examples:
-      throughline submit "San Francisco is a" --max-tokens 20
-      throughline submit --file prompts.txt --json > jobs.jsonl
-      cat prompts.txt | throughline submit --temperature 0
-      throughline submit "Once upon a time" --no-wait
     """
     from cli.client import ApiClient
 

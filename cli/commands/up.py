@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 import time
@@ -21,7 +20,16 @@ if TYPE_CHECKING:
 EXIT_FORCED = 130
 
 
-@click.command(name="up", short_help="Run the whole stack until Ctrl-C.")
+@click.command(
+    name="up",
+    short_help="Run the whole stack until Ctrl-C.",
+    epilog=options.examples(
+        "throughline up",
+        "throughline up --model ./opt-125m --served-model-name facebook/opt-125m",
+        "throughline up --workers 2 --port 8080 --redis-url redis://127.0.0.1:6379/0",
+        "throughline up --otlp-traces-endpoint grpc://127.0.0.1:4317",
+    ),
+)
 @options.model_options
 @options.listen_options
 @click.option(
@@ -59,18 +67,13 @@ def command(
     state_dir: Path,
     grace_seconds: float,
 ) -> None:
-    r"""Run the whole stack: Redis (an embedded Valkey unless one is named), the API and the workers.
+    """Run the whole stack: Redis (an embedded Valkey unless one is named), the API and the workers.
 
     Shows one log of all of them, starts again what dies, and stops everything in order on Ctrl-C or SIGTERM;
     a second Ctrl-C kills. Jobs that were accepted survive in the state folder.
-
-    \b
-    Examples:
-      throughline up
-      throughline up --model ./opt-125m --served-model-name facebook/opt-125m
-      throughline up --workers 2 --port 8080 --redis-url redis://127.0.0.1:6379/0
-      throughline up --otlp-traces-endpoint grpc://127.0.0.1:4317
     """
+    import asyncio
+
     from cli.stack import runner
     from cli.stack.log import TerminalLog
     from cli.stack.plan import StackOptions
@@ -85,6 +88,8 @@ def command(
 
 async def _run(stack: PreparedStack, log: Log) -> bool:
     """Run until asked to stop; return whether the end was forced."""
+    import asyncio
+
     from cli.stack import runner
 
     started = time.monotonic()

@@ -11,7 +11,15 @@ from cli import options, settings
 from cli.settings import ServeOptions
 
 
-@click.command(name="worker", short_help="Run one Celery worker with its engine.")
+@click.command(
+    name="worker",
+    short_help="Run one Celery worker with its engine.",
+    epilog=options.examples(
+        "REDIS_URL=redis://127.0.0.1:6379/0 throughline worker",
+        "throughline worker --redis-url redis://10.0.0.5:6379/0 --model ./opt-125m",
+        "throughline worker --name gpu-1 --model meta-llama/Llama-3.2-1B --device cuda --dtype bfloat16",
+    ),
+)
 @click.option(
     "--name", default="worker", show_default=True, metavar="NAME",
     help="Celery node name, unique among the workers of one Redis and host.",
@@ -28,16 +36,10 @@ def command(
     dtype: str | None,
     device: str | None,
 ) -> None:
-    r"""Run one worker: an ordinary Celery worker whose tasks feed one continuously batching engine.
+    """Run one worker: an ordinary Celery worker whose tasks feed one continuously batching engine.
 
     SIGTERM asks it to finish or hand back what it holds. It exits with code 3 when the model cannot be
     loaded.
-
-    \b
-    Examples:
-      REDIS_URL=redis://127.0.0.1:6379/0 throughline worker
-      throughline worker --redis-url redis://10.0.0.5:6379/0 --model ./opt-125m
-      throughline worker --name gpu-1 --model meta-llama/Llama-3.2-1B --device cuda --dtype bfloat16
     """
     serve = ServeOptions(model, served_model_names, redis_url, otlp_traces_endpoint, dtype, device)
     environ = settings.with_project_importable(settings.environment(serve, os.environ))

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cli.settings import ServeOptions, environment, served_names, with_project_importable
+
+
+def test_environment_keeps_what_no_option_names() -> None:
+    base = {"HOME": "/home/me", "THROUGHLINE_DTYPE": "bfloat16"}
+
+    made = environment(ServeOptions(device="cpu"), base)
+
+    assert made["HOME"] == "/home/me"
+    assert (made["THROUGHLINE_DTYPE"], made["THROUGHLINE_DEVICE"]) == ("bfloat16", "cpu")
+    assert "THROUGHLINE_REDIS_URL" not in made
+    assert "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT" not in made
+
+
+def test_option_beats_the_variable() -> None:
+    made = environment(ServeOptions(redis_url="unix:///new"), {"THROUGHLINE_REDIS_URL": "redis://old"})
+
+    assert made["THROUGHLINE_REDIS_URL"] == "unix:///new"
+
+
+@pytest.mark.parametrize(
+    ("options", "base", "names"),
+    [
+        (ServeOptions(), {}, ("throughline-tiny", "facebook/opt-125m")),
+        (ServeOptions(served_model_names=("a", "b")), {"THROUGHLINE_SERVED_MODEL_NAMES": "c"}, ("a", "b")),
+        (ServeOptions(), {"THROUGHLINE_SERVED_MODEL_NAMES": "c, d,"}, ("c", "d")),
+        (ServeOptions(model="org/name"), {}, ("org/name",)),
+        (ServeOptions(), {"THROUGHLINE_MODEL": "org/name"}, ("org/name",)),
+    ],
+)
+def test_served_names_come_from_option_then_variable_then_model(
+    options: ServeOptions, base: dict[str, str], names: tuple[str, ...]
+) -> None:
+    assert served_names(options, base) == names
+
+
+def test_model_folder_is_served_by_its_name_and_handed_down_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "opt-125m").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    made = environment(ServeOptions(model="./opt-125m"), {})
+
+    assert made["THROUGHLINE_MODEL"] == str(tmp_path / "opt-125m")
+    assert made["THROUGHLINE_SERVED_MODEL_NAMES"] == "opt-125m"
+
+
+@pytest.mark.parametrize(
+    ("base", "threads"),
+    [({}, "1"), ({"THROUGHLINE_NUM_THREADS": "4"}, "4"), ({"OMP_NUM_THREADS": "2"}, None)],
+)
+def test_builtin_model_runs_on_one_thread_unless_somebody_says_otherwise(
+    base: dict[str, str], threads: str | None
+) -> None:
+    assert environment(ServeOptions(), base).get("THROUGHLINE_NUM_THREADS") == threads
+
+
+def test_other_models_keep_torchs_own_number_of_threads() -> None:
+    assert "THROUGHLINE_NUM_THREADS" not in environment(ServeOptions(model="org/name"), {})
+
+
+def test_project_stands_before_what_was_on_the_path() -> None:
+    first, second = with_project_importable({"PYTHONPATH": "/theirs"})["PYTHONPATH"].split(":")
+
+    assert (Path(first) / "cli" / "settings.py").is_file()
+    assert second == "/theirs"
