@@ -31,6 +31,7 @@ from jobs.redis_store import RedisAttemptStore
 from jobs.registry import ModelCard
 from jobs.settings import JobsSettings
 from jobs.store import ClaimOutcome
+from telemetry.receiver import Receiver
 from tests.support.job_factory import completed
 from tests.support.valkey import ValkeyServer, free_port, running_valkey
 
@@ -87,6 +88,7 @@ class Server:
     process: subprocess.Popen[bytes]
     valkey: ValkeyServer
     worker: PlayedWorker
+    collector: Receiver
     log: Path
 
     def post(self, path: str = "/v1/completions", **kwargs: Any) -> httpx.Response:
@@ -107,7 +109,8 @@ def own_server(tmp_path: Path) -> Iterator[Server]:
 
 
 def _serve(valkey: ValkeyServer, log: Path) -> Iterator[Server]:
-    port = free_port()
+    port, collector = free_port(), Receiver()
+    collector.start()
     argv = [
         "-m",
         "uvicorn",
@@ -127,6 +130,7 @@ def _serve(valkey: ValkeyServer, log: Path) -> Iterator[Server]:
         "THROUGHLINE_REDIS_URL": valkey.url,
         "THROUGHLINE_SOCKET_TIMEOUT_SECONDS": "1",
         "THROUGHLINE_PUBLISH_TIMEOUT_SECONDS": "2",
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": collector.grpc_endpoint,
     }
     with log.open("wb") as stream:
         process = subprocess.Popen(
@@ -134,7 +138,7 @@ def _serve(valkey: ValkeyServer, log: Path) -> Iterator[Server]:
         )
     worker = PlayedWorker(valkey.url)
     worker.announce(now=1e12)  # a beat that stays fresh
-    server = Server(f"http://127.0.0.1:{port}", process, valkey, worker, log)
+    server = Server(f"http://127.0.0.1:{port}", process, valkey, worker, collector, log)
     try:
         _until_ready(server)
         yield server
@@ -142,6 +146,7 @@ def _serve(valkey: ValkeyServer, log: Path) -> Iterator[Server]:
         process.kill()
         process.wait()
         worker.client.close()
+        collector.stop()
 
 
 def _until_ready(server: Server) -> None:
@@ -170,6 +175,27 @@ def test_completion_travels_through_the_broker_in_the_clients_trace(server: Serv
     assert message["headers"]["traceparent"].split("-")[1] == TRACE_ID
     assert json.loads(base64.b64decode(message["body"]))[:2] == [[id], {}]
     assert "San Francisco" not in json.dumps(message)
+
+
+def test_no_span_of_a_completion_is_lost_when_the_server_stops(own_server: Server) -> None:
+    server = own_server
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(server.post, headers={"traceparent": f"00-{TRACE_ID}-b7ad6b7169203331-01"})
+        id = server.worker.take()["headers"]["id"]
+        server.worker.settle(JobId(id))
+        call.result()
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(15)
+
+    spans = {span.kind: span for span in server.collector.trace(TRACE_ID)}
+    top = spans["SERVER"]
+    assert sorted(spans) == ["INTERNAL", "PRODUCER", "SERVER"]
+    assert top.parent_id == "b7ad6b7169203331"
+    assert spans["PRODUCER"].parent_id == spans["INTERNAL"].parent_id == top.span_id
+    assert spans["PRODUCER"].name == "send house/bytes.interactive"
+    assert spans["PRODUCER"].end_ns > spans["PRODUCER"].start_ns
+    assert spans["INTERNAL"].name == "wait result"
+    assert {span.attributes["job.id"] for span in spans.values()} == {id}
 
 
 def test_malformed_traceparent_starts_a_new_trace(server: Server) -> None:
