@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,17 +24,26 @@ READY_SECONDS = 90.0
 class RunningStack:
     """A real stack; `mark` is in the environment of every process of it."""
 
-    def __init__(self, folder: Path, arguments: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        arguments: Sequence[str] = (),
+        *,
+        launcher: Sequence[str] = (),
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        """`launcher` is put before the interpreter, `environ` added to this process's environment."""
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.state_folder = folder / "state"
         self.mark = f"STACK_MARK={uuid.uuid4()}"
         self._log = folder / "up.log"
+        up = (sys.executable, "-m", "cli", "up")
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "cli", "up", *self.arguments(), "--grace-seconds", "5", *arguments],
+                [*launcher, *up, *self.arguments(), "--grace-seconds", "5", *arguments],
                 cwd=PROJECT_FOLDER,
-                env={**own_environment(), "STACK_MARK": self.mark.partition("=")[2]},
+                env={**own_environment(), **(environ or {}), "STACK_MARK": self.mark.partition("=")[2]},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
