@@ -12,7 +12,6 @@ from uuid import uuid4
 from fastapi import Depends, Request
 
 from api.catalog import Catalog
-from api.connections import connect_reader, connect_shared
 from api.intake import Intake, IntakeLimits
 from api.prompts import Prompts
 from api.settings import ApiSettings
@@ -22,6 +21,7 @@ from jobs.clock import Clock, SystemClock
 from jobs.errors import StoreUnavailable
 from jobs.model import ReplicaId
 from jobs.queue import CeleryPublisher, Publisher, create_celery
+from jobs.redis_connection import connect_async, connect_reader
 from jobs.redis_registry import RedisModelDirectory
 from jobs.redis_store import RedisSubmissionStore
 from jobs.registry import ModelDirectory
@@ -68,18 +68,21 @@ Ready = Annotated[Services, Depends(get_services)]
 
 
 def redis_backends(settings: JobsSettings) -> Connect:
-    """Store, registry and broker in the settings' Redis; nothing is connected before its first use."""
+    """Store, registry and broker in the settings' Redis."""
 
     @asynccontextmanager
     async def connect() -> AsyncIterator[Backends]:
-        client = connect_shared(settings)
+        client = connect_async(settings)
+        publisher = CeleryPublisher(create_celery(settings))
+        with suppress(StoreUnavailable):  # then the first request to come makes the connection
+            await asyncio.to_thread(publisher.connect)
         reading = connect_reader(settings, block_seconds=READ_SECONDS)
         try:
             yield Backends(
                 store=RedisSubmissionStore(client, settings),
                 reply_stream=RedisSubmissionStore(reading, settings),
                 directory=RedisModelDirectory(client, settings),
-                publisher=CeleryPublisher(create_celery(settings)),
+                publisher=publisher,
                 clock=SystemClock(),
             )
         finally:

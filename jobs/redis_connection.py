@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import redis
 import redis.asyncio
-from redis.backoff import ExponentialBackoff
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from jobs.errors import StoreUnavailable
 from jobs.settings import JobsSettings
+
+MAX_ASYNC_CONNECTIONS = 32
+"""One process on one event loop gains nothing from more."""
 
 
 @contextmanager
@@ -37,14 +42,36 @@ def connect(settings: JobsSettings) -> redis.Redis:
 
 
 def connect_async(settings: JobsSettings) -> redis.asyncio.Redis:
-    """An asyncio client for the API: one quick retry, then the caller answers 503."""
-    from redis.asyncio.retry import Retry as AsyncRetry
+    """For the API's requests: one quick retry, and a caller that finds every connection busy waits for one.
 
-    return redis.asyncio.Redis.from_url(
+    The library's own pool makes a connection a caller, and from the hundred and first on it fails.
+    """
+    pool: redis.asyncio.BlockingConnectionPool = redis.asyncio.BlockingConnectionPool.from_url(
         settings.redis_url.get_secret_value(),
-        decode_responses=True,
-        socket_timeout=settings.socket_timeout_seconds,
-        socket_connect_timeout=min(3.0, settings.socket_timeout_seconds),
+        max_connections=MAX_ASYNC_CONNECTIONS,
+        timeout=settings.socket_timeout_seconds,
         retry=AsyncRetry(ExponentialBackoff(cap=0.2, base=0.05), retries=1),
-        health_check_interval=25,
+        **_async_options(settings),
     )
+    return redis.asyncio.Redis.from_pool(pool)
+
+
+def connect_reader(settings: JobsSettings, *, block_seconds: float) -> redis.asyncio.Redis:
+    """For one reader that blocks up to `block_seconds`.
+
+    It repeats nothing by itself: after a cut the reader has to know, for what was said meanwhile may be lost.
+    """
+    options = _async_options(settings) | {"socket_timeout": block_seconds + settings.socket_timeout_seconds}
+    pool: redis.asyncio.ConnectionPool = redis.asyncio.ConnectionPool.from_url(
+        settings.redis_url.get_secret_value(), retry=AsyncRetry(NoBackoff(), 0), **options
+    )
+    return redis.asyncio.Redis.from_pool(pool)
+
+
+def _async_options(settings: JobsSettings) -> dict[str, Any]:
+    return {
+        "decode_responses": True,
+        "socket_timeout": settings.socket_timeout_seconds,
+        "socket_connect_timeout": min(3.0, settings.socket_timeout_seconds),
+        "health_check_interval": 25,
+    }

@@ -8,6 +8,9 @@ from engine.outputs import Completion, Logprobs, RequestOutput
 from engine.stats import PhaseName, RequestPhases
 from jobs.model import Choice, ItemResult, JobResult, Timings, TokenLogprobs, Usage
 
+LOWEST_LOGPROB = -9999.0
+"""What minus infinity is told as; JSON has no word for it. OpenAI's and vLLM's value."""
+
 
 @dataclass(frozen=True, slots=True)
 class AttemptStamps:
@@ -47,10 +50,17 @@ def _choice(completion: Completion) -> Choice:
 def _logprobs(logprobs: Logprobs) -> TokenLogprobs:
     return TokenLogprobs(
         tokens=logprobs.tokens,
-        token_logprobs=logprobs.token_logprobs,
-        top_logprobs=logprobs.top_logprobs,
+        token_logprobs=tuple(map(_finite, logprobs.token_logprobs)),
+        top_logprobs=tuple(
+            top and {token: max(value, LOWEST_LOGPROB) for token, value in top.items()}
+            for top in logprobs.top_logprobs
+        ),
         text_offset=logprobs.text_offset,
     )
+
+
+def _finite(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, LOWEST_LOGPROB)
 
 
 def job_timings(outputs: tuple[RequestOutput, ...], stamps: AttemptStamps) -> Timings:

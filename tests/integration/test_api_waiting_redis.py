@@ -7,10 +7,9 @@ import pytest
 from pydantic import SecretStr
 
 from api import waiting
-from api.connections import connect_reader, connect_shared
 from api.waiting import ReplyReader, WaitOutcome
 from jobs.model import JobId, ReplicaId, WorkerId, new_lease_token
-from jobs.redis_connection import connect
+from jobs.redis_connection import connect, connect_async, connect_reader
 from jobs.redis_store import RedisAttemptStore, RedisSubmissionStore
 from jobs.settings import JobsSettings
 from tests.support.job_factory import completed, new_job
@@ -26,7 +25,7 @@ class Sides:
     def __init__(self, valkey: ValkeyServer) -> None:
         settings = JobsSettings(redis_url=SecretStr(valkey.url), socket_timeout_seconds=3)
         self.valkey = valkey
-        self._client, self._async_client = connect(settings), connect_shared(settings)
+        self._client, self._async_client = connect(settings), connect_async(settings)
         self._reading = connect_reader(settings, block_seconds=waiting.READ_SECONDS)
         self.store = RedisSubmissionStore(self._async_client, settings)
         self._worker = RedisAttemptStore(self._client, settings)
