@@ -16,7 +16,7 @@ from cli.stack.policy import RestartPolicy
 from cli.stack.process import Child
 from cli.stack.supervisor import Stage, Supervisor
 from tests.support import stand_in_stack
-from tests.support.processes import running_with, wait_until
+from tests.support.processes import kill_all_with, running_with, wait_until
 from tests.support.stand_in_stack import BROKEN_MODEL, DEAF, POLITE, SERVE, program, stand_ins
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,8 +75,7 @@ def pid_of(program_name: str, pids: list[int]) -> int:
 def stack(tmp_path: Path) -> Iterator[StackProcess]:
     started = StackProcess(tmp_path)
     yield started
-    for pid in started.left():
-        os.kill(pid, signal.SIGKILL)
+    kill_all_with(started.mark)
     started.process.wait()
 
 

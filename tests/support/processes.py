@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +20,12 @@ def running_with(mark: str) -> list[int]:
         except OSError:  # it ended meanwhile, or belongs to somebody else
             continue
     return found
+
+
+def kill_all_with(mark: str) -> None:
+    for pid in running_with(mark):
+        with contextlib.suppress(ProcessLookupError):  # it ended with the one before it
+            os.kill(pid, signal.SIGKILL)
 
 
 def wait_until(condition: Callable[[], bool], *, timeout_seconds: float, what: str) -> None:

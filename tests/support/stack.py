@@ -14,7 +14,7 @@ from pathlib import Path
 from cli.settings import PROJECT_FOLDER
 from cli.stack import redis_server
 from cli.stack.readiness import readiness
-from tests.support.processes import running_with, wait_until
+from tests.support.processes import kill_all_with, running_with, wait_until
 from tests.support.valkey import free_port
 
 # The first import of torch on a busy machine takes most of it.
@@ -85,8 +85,7 @@ class RunningStack:
         return self.process.wait(40)
 
     def kill_everything(self) -> None:
-        for pid in self.pids():
-            os.kill(pid, signal.SIGKILL)
+        kill_all_with(self.mark)
         self.process.wait()
 
 

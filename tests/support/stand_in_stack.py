@@ -17,10 +17,11 @@ from cli.stack.policy import RestartPolicy
 from cli.stack.process import ProcessSpec
 from cli.stack.supervisor import Stage
 
-SERVE = "import signal; print('serving', flush=True); signal.pause()"
+# os.write, not print: a signal may come while the line before is still being flushed.
+SERVE = "import os, signal; os.write(1, b'serving\\n'); signal.pause()"
 # Ends by itself on SIGTERM, like a server that shuts down.
 POLITE = (
-    "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('bye', flush=True)));"
+    "import os, signal; signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'bye\\n'), os._exit(0)));"
     + SERVE
 )
 WITH_GRANDCHILD = (
