@@ -194,13 +194,14 @@ class Scheduler:
         """Add chunks of the request's uncomputed tokens; returns how many tokens that took.
 
         Several sequences are filled up to their last token only: they then decode it together, in one step.
+        The first one leads: while its part of the shared blocks is not computed it takes all of the budget.
+        A follower may run in the very step that completes it, for a layer writes all keys, then reads them.
         """
         taken = 0
         keep = 1 if len(request.sequences) > 1 else 0
-        num_led = request.sequences[0].num_computed_tokens
         for sequence in request.sequences:
             num_tokens = min(sequence.num_uncomputed_tokens - keep, budget - taken)
-            if num_tokens > 0 and sequence.num_borrowed_tokens <= num_led:
+            if num_tokens > 0:
                 batch.entries.append(ScheduledSequence.next_of(request, sequence, num_tokens))
                 taken += num_tokens
         return taken
@@ -237,13 +238,12 @@ class Scheduler:
         self._blocks.extend(leader.block_table, len(leader.token_ids))
         for follower, common in zip(followers, num_common, strict=True):
             follower.block_table = self._blocks.fork(leader.block_table, common)
-            follower.num_borrowed_tokens = common * self._blocks.block_size
-            follower.num_computed_tokens = follower.num_borrowed_tokens
+            follower.num_computed_tokens = common * self._blocks.block_size
             self._blocks.extend(follower.block_table, len(follower.token_ids))
         return True
 
     def _num_common_blocks(self, leader: Sequence, follower: Sequence) -> int:
-        """Full blocks of equal tokens; the last token stays out, for each sequence runs its own."""
+        """Full blocks of equal tokens; the last token stays out, for each sequence decodes its own."""
         pairs = zip(leader.token_ids[:-1], follower.token_ids[:-1], strict=False)
         num_common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         return num_common // self._blocks.block_size
@@ -259,7 +259,6 @@ class Scheduler:
         for sequence in request.sequences:
             self._blocks.release(sequence.block_table)
             sequence.num_computed_tokens = 0
-            sequence.num_borrowed_tokens = 0
 
     def _num_seats_taken(self) -> int:
         return sum(request.num_seats for request in self._running)

@@ -30,11 +30,9 @@ class Sequence:
     Attributes:
         index: Which of the request's sequences; keys its random numbers.
         token_ids: Prompt, then output.
-        num_computed_tokens: Leading tokens whose keys and values are in the cache, or will be once the
-            request's leader has computed its part (`num_borrowed_tokens`).
+        num_computed_tokens: Leading tokens whose keys and values are in the cache, or are the business of
+            the request's first sequence, which shares their blocks.
         block_table: Blocks of the cache in token order; owned by the block manager's reference counts.
-        num_borrowed_tokens: After a preemption: leading tokens whose blocks are shared with the request's
-            first sequence, which computes them.
         cumulative_logprob: Of the output tokens, where log-probabilities are computed.
         logprobs: One entry per output token, where the client asked for them.
     """
@@ -44,7 +42,6 @@ class Sequence:
     num_prompt_tokens: int
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
-    num_borrowed_tokens: int = 0
     cumulative_logprob: float = 0.0
     logprobs: list[TokenLogprob] = field(default_factory=list)
 

@@ -268,6 +268,24 @@ def test_engine_echo_gives_the_log_softmax_of_transformers(
     assert completion.text.startswith(engine.model_info.tokenizer.decode(prompt))
 
 
+def test_engine_scores_a_prompt_once_when_it_is_preempted_half_way(opt_folder: Path) -> None:
+    params = replace(GREEDY, max_tokens=2, echo=True, logprobs=0)
+    whole = generate(make_engine(opt_folder), {"new": (random_prompt(40), params)})
+    engine = make_engine(opt_folder, num_blocks=14, max_num_sequences=2, max_num_batched_tokens=4)
+    requests = {"old": (random_prompt(4), replace(GREEDY, max_tokens=30)), "new": (random_prompt(40), params)}
+
+    halting = generate(engine, requests)
+
+    assert halting.outputs["new"].phases.num_preemptions == 1
+    assert halting.outputs["new"].phases.intervals[1].name == "prefill"
+    assert halting.outputs["new"].phases.intervals[2].name == "wait"
+    expected, found = (run.outputs["new"].completions[0].logprobs for run in (whole, halting))
+    assert expected is not None
+    assert found is not None
+    assert found.tokens == expected.tokens
+    assert found.token_logprobs[1:] == pytest.approx(expected.token_logprobs[1:], abs=1e-4)
+
+
 def test_engine_echoes_the_prompt_alone_when_max_tokens_is_zero(opt_folder: Path) -> None:
     engine = make_engine(opt_folder)
     params = SamplingParams(max_tokens=0, echo=True, logprobs=1, n=2)

@@ -29,6 +29,7 @@ class Bench:
 
     limits: Limits
     seed: int = 0
+    num_token_kinds: int = 9
     requests: list[Request] = field(default_factory=list)
     joined: list[Request] = field(default_factory=list)
 
@@ -58,7 +59,11 @@ class Bench:
             priority=priority,
             arrival_number=number,
             seed=0,
-            sequences=[Sequence(0, [self.random.randrange(9) for _ in range(num_prompt)], num_prompt)],
+            sequences=[
+                Sequence(
+                    0, [self.random.randrange(self.num_token_kinds) for _ in range(num_prompt)], num_prompt
+                )
+            ],
         )
         self.requests.append(request)
         self.scheduler.add(request)
@@ -101,7 +106,7 @@ class Bench:
         if not request.is_forked and request.params.width > 1:
             self.scheduler.fork(request)
         for sequence in list(request.sequences):
-            sequence.token_ids.append(self.random.randrange(9))
+            sequence.token_ids.append(self.random.randrange(self.num_token_kinds))
             at_end = sequence.num_output_tokens >= request.params.max_tokens
             # Sequences of one request may stop at different lengths.
             if at_end or (sequence.index and self.random.random() < 0.05):
@@ -112,7 +117,7 @@ class Bench:
         for index in range(request.params.width):
             parent = self.random.choice(request.sequences)
             beam = self.scheduler.fork_sequence(parent, index)
-            beam.token_ids.append(self.random.randrange(9))
+            beam.token_ids.append(self.random.randrange(self.num_token_kinds))
             beams.append(beam)
         self.scheduler.replace_sequences(request, beams)
         if beams[0].num_output_tokens >= request.params.max_tokens:
@@ -144,11 +149,17 @@ _OPERATIONS = st.lists(
 
 
 @settings(max_examples=300, deadline=None)
-@given(limits=limits(), operations=_OPERATIONS, seed=st.integers(0, 1000))
+@given(
+    limits=limits(),
+    operations=_OPERATIONS,
+    seed=st.integers(0, 1000),
+    # With one kind all sequences of a request are equal, which is where sharing goes furthest.
+    num_token_kinds=st.sampled_from([1, 2, 9]),
+)
 def test_scheduler_keeps_its_accounts_and_every_cached_token_under_any_operations(
-    limits: Limits, operations: list[tuple[object, ...]], seed: int
+    limits: Limits, operations: list[tuple[object, ...]], seed: int, num_token_kinds: int
 ) -> None:
-    bench = Bench(limits, seed)
+    bench = Bench(limits, seed, num_token_kinds)
     for operation in operations:
         match operation:
             case (
@@ -258,6 +269,21 @@ def test_scheduler_shares_the_prompt_again_when_a_preempted_request_resumes() ->
     assert request.status is RequestStatus.RUNNING
     assert bench.blocks.num_used == 4 + 4
     bench.run_to_end()
+
+
+def test_scheduler_resumes_sequences_that_are_equal_and_end_with_their_block() -> None:
+    limits = Limits(num_blocks=40, block_size=4, max_num_sequences=3, max_num_batched_tokens=64)
+    bench = Bench(limits, num_token_kinds=1)
+    bench.add(6, 8, 3, beam=True)
+    bench.step()
+    bench.step()
+    request = bench.requests[0]
+    assert [len(sequence.token_ids) for sequence in request.sequences] == [8, 8, 8]
+    bench.scheduler._preempt(request, ScheduledBatch())
+
+    bench.run_to_end()
+
+    assert request.status is RequestStatus.FINISHED
 
 
 def test_block_manager_reports_a_block_that_no_table_holds() -> None:
