@@ -47,7 +47,7 @@ class Subject:
     Attributes:
         name: as in the middle of a sentence ("a queue", "Paris"); replaces `{X}` in the sentences.
         openers: sentences that may open a paragraph; one is used.
-        details: sentences that may follow, in any order.
+        details: what may follow, in any order; each holds one or more wordings, divided by ` / `.
         questions: question and full answer.
         pronoun: may replace the name after the first sentence.
     """
@@ -99,21 +99,14 @@ CITY_OPENERS = (
     "{X} is in {place}.",
 )
 CITY_DETAILS = (
-    "The weather in {X} is {weather}.",
-    "The weather there is {weather}.",
-    "In {X} you can eat {dish}.",
-    "People come from far away to see {sight}.",
-    "Many people visit {X} to see {sight}.",
-    "If you visit {X}, do not miss {other}.",
-    "The best thing about {X} is {other}.",
-    "The people of {X} like {dish}.",
-    "{X} is also known for {other}.",
-    "{X} is {adjective}, and the weather is {weather}.",
-    "{X} lies {where}.",
-    "{X} is in {country}.",
+    "The weather in {X} is {weather}. / The weather there is {weather}.",
+    "In {X} you can eat {dish}. / The people of {X} like {dish}.",
+    "People come from far away to see {sight}. / Many people visit {X} to see {sight}.",
+    "If you visit {X}, do not miss {other}. / The best thing about {X} is {other}.",
+    "{X} is also known for {other}. / Many people love it for {other}.",
+    "{X} lies {where}. / {X} is in {country}.",
     "A good day in {X} begins with a walk and ends with {dish}.",
-    "The streets of {X} are full of people.",
-    "I would like to live in {X}.",
+    "The streets of {X} are full of people. / I would like to live in {X}.",
     "You can walk through {X} for days and always find something new.",
 )
 CITY_QUESTIONS = (
@@ -164,12 +157,10 @@ def country(rng: Random) -> Subject:
         f"{{X}} is a country where people speak {language}.",
     )
     details = (
-        f"The capital of {{X}} is {capital}.",
-        f"Its capital is {capital}.",
-        f"{capital} is the capital of {{X}}.",
-        f"The people there speak {language}.",
-        f"The money of {{X}} is {money}.",
-        f"You pay there with {money}.",
+        f"The capital of {{X}} is {capital}. / Its capital is {capital}."
+        f" / {capital} is the capital of {{X}}.",
+        f"The people there speak {language}. / People in {{X}} speak {language}.",
+        f"The money of {{X}} is {money}. / You pay there with {money}.",
         f"{{X}} is known for {fame}.",
         f"The people of {{X}} are called {people}.",
     )
@@ -207,13 +198,12 @@ def capital(rng: Random) -> Subject:
 
 
 def sum_of(rng: Random) -> tuple[int, str, int, int]:
-    """Draw a sum a child knows: left, operation word, right, result."""
-    match rng.choice(("plus", "plus", "minus", "times")):
+    """Draw a sum a child knows, small numbers more often: left, operation word, right, result."""
+    a, b = (rng.randint(0, rng.choice((5, 10))) for _ in range(2))
+    match rng.choice(("plus", "plus", "plus", "minus", "times")):
         case "plus":
-            a, b = rng.randint(0, 10), rng.randint(0, 10)
             return a, "plus", b, a + b
         case "minus":
-            a, b = rng.randint(0, 10), rng.randint(0, 10)
             return a + b, "minus", b, a
         case _:
             a, b = rng.randint(1, 5), rng.randint(1, 10)
@@ -326,13 +316,10 @@ def animal(rng: Random) -> Subject:
         f"{plural} eat {food}.",
     )
     details = (
-        f"{{X}} eats {food}.",
-        f"{{X}} can {skill}.",
-        f"{{X}} says {call}.",
-        f"{{X}} {sound}.",
+        f"{{X}} eats {food}. / {plural} like to eat {food}.",
+        f"{{X}} can {skill}. / {plural} can {skill}.",
+        f"{{X}} says {call}. / {{X}} {sound}.",
         f"A young {name} is called {with_article(young)}.",
-        f"{plural} like to eat {food}.",
-        f"{plural} can {skill}.",
     )
     questions = (
         (f"What do {plural} eat?", f"{plural} eat {food}."),
@@ -370,7 +357,7 @@ def defined(rng: Random, table: list[list[str]]) -> Subject:
         f"{{X}} is {first}, or {second}.",
         more,
     )
-    details = (more, more, more, f"We can also say that {{X}} is {second}.")
+    details = (more, f"{more} / We can also say that {{X}} is {second}.")
     questions = (
         ("What is {X}?", f"{{X}} is {first}."),
         ("What is {X}?", f"{{X}} is {second}."),
@@ -414,7 +401,7 @@ TRIVIA = facts.rows(facts.TRIVIA, 3)
 RICH: tuple[tuple[Maker, int], ...] = ((city, 10), (country, 4), (animal, 3), (computing, 7), (world, 4))
 PLAIN: tuple[tuple[Maker, int], ...] = (
     (capital, 8),
-    (arithmetic, 14),
+    (arithmetic, 30),
     (counting, 2),
     (day, 3),
     (month, 3),
@@ -446,8 +433,9 @@ def described(rng: Random, subject: Subject) -> list[str]:
     """An opener and details, in which a pronoun may stand for a leading name."""
     lines = [named(rng.choice(subject.openers), subject.name)]
     for detail in rng.sample(subject.details, rng.randint(1, min(4, len(subject.details)))):
-        may_replace = detail.startswith("{X}") and rng.random() < 0.7
-        lines.append(named(detail, subject.pronoun if may_replace else subject.name))
+        wording = rng.choice(detail.split(" / "))
+        may_replace = wording.startswith("{X}") and rng.random() < 0.7
+        lines.append(named(wording, subject.pronoun if may_replace else subject.name))
     return lines
 
 
