@@ -53,8 +53,8 @@ def _pairs(exchange: Exchange) -> Iterator[tuple[str, str]]:
 
 
 def _line(how: str, prompt: str, text: str) -> Text:
-    shown = " ".join(text.split())
-    return Text.from_markup(f"[dim]{how:>15}[/]  [bold]{escape(prompt)}[/] {escape(shown)}")
+    shown = " ".join(text.split("\n"))
+    return Text.from_markup(f"[dim]{how:>15}[/]  [bold]{escape(prompt)}[/]{escape(shown)}")
 
 
 def _timings(outcome: Outcome) -> RenderableType:
