@@ -56,7 +56,10 @@ class SampledToken:
 
 @torch.inference_mode()
 def sample(logits: Tensor, rows: SequenceOf[SamplerRow]) -> list[SampledToken]:
-    """Choose a token for each row. `logits`: `[num_rows, vocab_size]` float32, left as they are."""
+    """Choose a token for each row. `logits`: `[num_rows, vocab_size]` float32, left as they are.
+
+    Waits for the device: the next step's input, and whether there is one, depend on the tokens.
+    """
     if not rows:
         return []
     own = _select(logits, [row.row for row in rows])
