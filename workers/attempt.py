@@ -19,8 +19,6 @@ from enum import Enum, auto
 from time import time_ns
 from typing import TypeVar
 
-from opentelemetry.context import Context
-
 from engine.errors import InvalidRequestError
 from engine.outputs import RequestOutput
 from engine.sampling import SamplingParams
@@ -30,6 +28,7 @@ from jobs.model import Failure, JobId, JobRequest, LeaseToken, WorkerId, new_lea
 from jobs.states import JobState
 from jobs.store import AttemptStore, Claim, ClaimOutcome, Settlement, SettleOutcome
 from telemetry.log import logged_job
+from workers.delivery import Delivery
 from workers.errors import CancelWished, DeadlinePassed, EngineLost, EngineRefused, LeaseLost
 from workers.holding import HeldJob, Holding
 from workers.observe import AttemptObserver
@@ -48,19 +47,6 @@ class Verdict(Enum):
 
     ACKNOWLEDGE = auto()
     REQUEUE = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """The message as it came."""
-
-    id: JobId
-    queue: str
-    enqueued_at_ns: int | None
-    """When the API published it; None for a message without the header."""
-    is_redelivered: bool
-    creation: Context
-    """The trace context that the message carries: its send span's."""
 
 
 @dataclass(frozen=True, slots=True)

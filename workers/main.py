@@ -17,7 +17,8 @@ from jobs.queue import ENQUEUED_AT_HEADER, GENERATE, create_celery, declare_queu
 from jobs.settings import JobsSettings, Settings, read_settings
 from telemetry import log
 from telemetry.celery import creation_context
-from workers.attempt import Delivery, Verdict
+from workers.attempt import Verdict
+from workers.delivery import Delivery
 from workers.errors import EngineStartError
 from workers.pool import EnginePool
 from workers.service import SERVICE_NAME, WorkerService

@@ -6,7 +6,6 @@ import logging
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from opentelemetry import context as otel_context
 
@@ -17,9 +16,7 @@ from jobs.model import Failure, JobRequest
 from jobs.states import JobState
 from jobs.store import Claim, ClaimOutcome, Settlement, SettleOutcome
 from telemetry import spans
-
-if TYPE_CHECKING:
-    from workers.attempt import Delivery
+from workers.delivery import Delivery
 
 logger = logging.getLogger(__name__)
 

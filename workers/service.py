@@ -29,13 +29,16 @@ from jobs.registry import BEAT_SECONDS, ModelCard, queue_name
 from jobs.settings import JobsSettings
 from telemetry.celery import instrument_celery
 from telemetry.setup import Telemetry, configure
-from workers.attempt import AttemptRunner, Delivery, Verdict
+from workers.attempt import AttemptRunner, Verdict
+from workers.child_runtime import ChildRuntime
+from workers.delivery import Delivery
 from workers.holding import Holding
+from workers.inline_runtime import InlineRuntime
 from workers.message_lease import HeldMessages
 from workers.observe import AttemptObserver
 from workers.protocol import ModelFacts
 from workers.reconcile import Reconciler
-from workers.runtime import ChildRuntime, InlineRuntime, Runtime
+from workers.runtime import Runtime
 from workers.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
