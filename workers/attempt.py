@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -75,8 +76,11 @@ class AttemptRunner:
         if claim.outcome is not ClaimOutcome.CLAIMED or claim.request is None:
             self.observer.dropped(delivery, claim.outcome)
             return Verdict.ACKNOWLEDGE
-        self.observer.claimed(delivery, claim, received_at_ns)
-        return self._generate(delivery, claim, claim.request, token)
+        try:
+            self.observer.claimed(delivery, claim, received_at_ns)
+            return self._generate(delivery, claim, claim.request, token)
+        except Exception as error:  # a fault of ours: the job must not stay behind under a dead lease
+            return self._give_back(delivery, token, _internal_failure(error))
 
     def _claim(self, id: JobId, token: LeaseToken) -> Claim:
         return self.store.claim(
@@ -177,6 +181,14 @@ def sampling_params(stored: dict[str, object]) -> SamplingParams:
     if isinstance(bias, dict):
         values["logit_bias"] = {int(token): float(weight) for token, weight in bias.items()}
     return SamplingParams(**values)  # type: ignore[arg-type]  # checked by SamplingParams itself
+
+
+def _internal_failure(error: Exception) -> Failure:
+    """Logged without the error's own words, which might quote a prompt."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("an attempt raised %s\n%s", type(error).__name__, frames)
+    message = f"the worker raised {type(error).__name__}"
+    return Failure(reason="internal_error", message=message, retryable=True)
 
 
 def _as_failure(refusal: InvalidRequestError | EngineRefused) -> Failure:
