@@ -190,6 +190,9 @@ class EngineChild:
             [sys.executable, "-m", "workers.engine_process", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
+            # Threads that spin at a barrier starve the worker and the API beside them, and each other where a
+            # core is shared: steps of 0.25 s took 1 to 3 s (docs/LOG.md). Must be set before torch is loaded.
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
         )
         theirs.close()
         self.connection = Connection(os.dup(self._line.fileno()))

@@ -120,7 +120,7 @@ class WorkerService:
             max_num_sequences=settings.max_num_sequences,
             max_num_batched_tokens=max(settings.max_num_batched_tokens, settings.max_num_sequences),
             kv_cache_bytes=settings.kv_cache_bytes,
-            num_threads=settings.num_threads,
+            num_threads=settings.engine_threads,
         )
         if settings.engine == "inline":
             return InlineRuntime(config)

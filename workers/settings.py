@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -62,6 +63,13 @@ class WorkerSettings(BaseSettings):
             return (builtin.NAME, SEED_MODEL)
         folder = Path(self.model)
         return (folder.resolve().name if folder.is_dir() else self.model,)
+
+    @property
+    def engine_threads(self) -> int | None:
+        """The built-in model is too small to share out: one thread, unless the operator says otherwise."""
+        if self.num_threads is not None or self.model or "OMP_NUM_THREADS" in os.environ:
+            return self.num_threads
+        return 1
 
     @property
     def concurrency(self) -> int:
