@@ -13,7 +13,16 @@ from time import monotonic
 
 from jobs.errors import IdempotencyMismatch, QueueFull
 from jobs.model import Failure, Job, JobId, LeaseToken, NewJob, ReplicaId, WorkerId
-from jobs.record import JOB_FIELDS, new_record, settlement_fields, to_claim, to_job, worker_lost_failure
+from jobs.record import (
+    CLAIMED_FIELDS,
+    JOB_FIELDS,
+    new_record,
+    settlement_fields,
+    to_claim,
+    to_job,
+    to_refusal,
+    worker_lost_failure,
+)
 from jobs.registry import ALIVE_SECONDS, ModelCard, ServedModel
 from jobs.states import JobState
 from jobs.store import (
@@ -139,14 +148,23 @@ class MemoryStore:
     # A worker's half
 
     def claim(
-        self, id: JobId, token: LeaseToken, worker: WorkerId, *, now: float, lease_seconds: float
+        self,
+        id: JobId,
+        token: LeaseToken,
+        worker: WorkerId,
+        *,
+        now: float,
+        lease_seconds: float,
+        traceparent: str | None = None,
     ) -> Claim:
         with self._lock:
             record = self._records.get(id)
             if record is None:
                 return Claim(ClaimOutcome.MISSING)
+            lost_since = "" if record["state"] == JobState.QUEUED else record.get("in_progress_at", "")
             if (ended := self._refuse_or_end(record, token, now)) is not None:
-                return Claim(ended)
+                is_refusal = ended in (ClaimOutcome.FINAL, ClaimOutcome.HELD)
+                return to_refusal(ended, record["attempts"], "" if is_refusal else lost_since)
             if record.get("lease_token") != token:
                 record.update(
                     attempts=str(int(record["attempts"]) + 1),
@@ -155,11 +173,13 @@ class MemoryStore:
                     worker=worker,
                     lease_token=token,
                     lease_expires_at=repr(now + lease_seconds),
+                    previous_traceparent=record.get("attempt_traceparent", ""),
+                    lost_since=lost_since,
+                    attempt_traceparent=traceparent or "",
                 )
                 record.pop("failure", None)
                 self._notify(record)
-            names = ("attempts", "request", "queued_at", "expires_at", "traceparent")
-            return to_claim(*(record.get(name, "") for name in names))
+            return to_claim(*(record.get(name, "") for name in CLAIMED_FIELDS))
 
     def _refuse_or_end(self, record: dict[str, str], token: LeaseToken, now: float) -> ClaimOutcome | None:
         """Why the job cannot be claimed, ending it where its time, its attempts or a cancel say so."""

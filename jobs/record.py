@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from jobs.model import Failure, Job, JobRequest, NewJob
 from jobs.states import JobState
-from jobs.store import Claim, ClaimOutcome, Settlement
+from jobs.store import Claim, ClaimOutcome, LostAttempt, Settlement
 
 JOB_FIELDS = (
     "id",
@@ -78,15 +78,47 @@ def settlement_fields(settlement: Settlement) -> dict[str, str]:
     return fields
 
 
-def to_claim(attempts: str, request: str, queued_at: str, expires_at: str, traceparent: str) -> Claim:
+CLAIMED_FIELDS = (
+    "attempts",
+    "request",
+    "queued_at",
+    "expires_at",
+    "traceparent",
+    "previous_traceparent",
+    "lost_since",
+)
+"""What a claim reads, in the order of `to_claim` and of `lua/claim.lua`."""
+
+
+def to_claim(
+    attempts: str,
+    request: str,
+    queued_at: str,
+    expires_at: str,
+    traceparent: str,
+    previous_traceparent: str,
+    lost_since: str,
+) -> Claim:
+    attempt = int(attempts)
     return Claim(
         outcome=ClaimOutcome.CLAIMED,
-        attempt=int(attempts),
+        attempt=attempt,
         request=JobRequest.model_validate_json(request),
         queued_at=float(queued_at),
         expires_at=float(expires_at) if expires_at else None,
         traceparent=traceparent or None,
+        previous_traceparent=previous_traceparent or None,
+        lost=_lost_attempt(attempt - 1, lost_since),
     )
+
+
+def to_refusal(outcome: str, attempts: str = "0", lost_since: str = "") -> Claim:
+    """A claim that was not given, or that ended the job."""
+    return Claim(ClaimOutcome(outcome), lost=_lost_attempt(int(attempts), lost_since))
+
+
+def _lost_attempt(attempt: int, started_at: str) -> LostAttempt | None:
+    return LostAttempt(attempt, float(started_at)) if started_at else None
 
 
 def worker_lost_failure() -> Failure:

@@ -11,7 +11,15 @@ from jobs import scripts
 from jobs.errors import IdempotencyMismatch, QueueFull
 from jobs.keys import Keys
 from jobs.model import Failure, Job, JobId, LeaseToken, NewJob, ReplicaId, WorkerId
-from jobs.record import JOB_FIELDS, new_record, settlement_fields, to_claim, to_job, worker_lost_failure
+from jobs.record import (
+    JOB_FIELDS,
+    new_record,
+    settlement_fields,
+    to_claim,
+    to_job,
+    to_refusal,
+    worker_lost_failure,
+)
 from jobs.redis_connection import connect, connect_async, store_errors
 from jobs.settings import JobsSettings
 from jobs.states import JobState
@@ -131,7 +139,14 @@ class RedisAttemptStore:
         return cls(connect(settings), settings)
 
     def claim(
-        self, id: JobId, token: LeaseToken, worker: WorkerId, *, now: float, lease_seconds: float
+        self,
+        id: JobId,
+        token: LeaseToken,
+        worker: WorkerId,
+        *,
+        now: float,
+        lease_seconds: float,
+        traceparent: str | None = None,
     ) -> Claim:
         args: list[Any] = [
             self._keys.prefix,
@@ -141,13 +156,12 @@ class RedisAttemptStore:
             repr(now),
             repr(now + lease_seconds),
             self._ttl,
+            worker_lost_failure().model_dump_json(),
+            traceparent or "",
         ]
         with store_errors():
-            reply = self._claim(
-                keys=[self._keys.job(id)], args=[*args, worker_lost_failure().model_dump_json()]
-            )
-        outcome = ClaimOutcome(reply[0])
-        return to_claim(*reply[1:]) if outcome is ClaimOutcome.CLAIMED else Claim(outcome)
+            outcome, *fields = self._claim(keys=[self._keys.job(id)], args=args)
+        return to_claim(*fields) if outcome == ClaimOutcome.CLAIMED else to_refusal(outcome, *fields)
 
     def renew(
         self, held: dict[JobId, LeaseToken], *, now: float, lease_seconds: float

@@ -111,14 +111,28 @@ class ClaimOutcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class LostAttempt:
+    """An attempt whose lease ran out: its worker died or was cut off, and told nothing of how it ended."""
+
+    attempt: int
+    started_at: float
+    """Its claim, in Unix seconds."""
+
+
+@dataclass(frozen=True, slots=True)
 class Claim:
     outcome: ClaimOutcome
     attempt: int = 0
+    """Which attempt this claim begins, from 1. Set when claimed."""
     request: JobRequest | None = None
     """Set when claimed."""
     queued_at: float = 0.0
     expires_at: float | None = None
     traceparent: str | None = None
+    previous_traceparent: str | None = None
+    """The span of the attempt before, however that one ended."""
+    lost: LostAttempt | None = None
+    """The attempt before, if its lease ran out. Set when claimed, cancelled, expired or exhausted."""
 
 
 class SettleOutcome(StrEnum):
@@ -154,11 +168,19 @@ class AttemptStore(Protocol):
     """A worker's half; safe to call from many threads. Raises `StoreUnavailable`."""
 
     def claim(
-        self, id: JobId, token: LeaseToken, worker: WorkerId, *, now: float, lease_seconds: float
+        self,
+        id: JobId,
+        token: LeaseToken,
+        worker: WorkerId,
+        *,
+        now: float,
+        lease_seconds: float,
+        traceparent: str | None = None,
     ) -> Claim:
         """Take the lease on a job and count an attempt, or end it, or say why neither.
 
-        Safe to repeat with the same token: the second call returns the same claim without counting again.
+        `traceparent` is this attempt's span, kept for the attempt after it. Safe to repeat with the same
+        token: the second call returns the same claim without counting again.
         """
         ...
 

@@ -1,15 +1,19 @@
 -- Take the lease on a job, or end it, or say why neither.
 -- KEYS[1] job hash
--- ARGV    prefix, id, token, worker, now, lease_expires_at, ttl, failure JSON for used-up attempts
--- Returns {'claimed', attempts, request, queued_at, expires_at, traceparent}
---       | {'missing'} | {'final'} | {'held'} | {'cancelled'} | {'expired'} | {'exhausted'}
+-- ARGV    prefix, id, token, worker, now, lease_expires_at, ttl, failure JSON for used-up attempts,
+--         traceparent of this attempt ('' for none)
+-- Returns {'claimed', attempts, request, queued_at, expires_at, traceparent, previous_traceparent, lost_since}
+--       | {'missing'} | {'final'} | {'held'}
+--       | {'cancelled' | 'expired' | 'exhausted', attempts, lost_since}
+-- lost_since is when the attempt before began, if it ended without a word: its lease ran out. Else ''.
 local prefix, id, token, worker, now = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local job = KEYS[1]
 local state = field(job, 'state')
 
 local function claimed()
   return {'claimed', field(job, 'attempts'), field(job, 'request'), field(job, 'queued_at'),
-          field(job, 'expires_at'), field(job, 'traceparent')}
+          field(job, 'expires_at'), field(job, 'traceparent'), field(job, 'previous_traceparent'),
+          field(job, 'lost_since')}
 end
 
 if state == '' then return {'missing'} end
@@ -18,22 +22,27 @@ if state ~= 'queued' then
   if field(job, 'lease_token') == token then return claimed() end
   if tonumber(field(job, 'lease_expires_at')) > tonumber(now) then return {'held'} end
 end
+local attempts = field(job, 'attempts')
+local lost_since = state == 'queued' and '' or field(job, 'in_progress_at')
 if state == 'cancelling' then
   finish(prefix, job, id, 'cancelled', now, ARGV[7])
-  return {'cancelled'}
+  return {'cancelled', attempts, lost_since}
 end
 local expires_at = tonumber(field(job, 'expires_at'))
 if expires_at and expires_at <= tonumber(now) then
   finish(prefix, job, id, 'expired', now, ARGV[7])
-  return {'expired'}
+  return {'expired', attempts, lost_since}
 end
-if tonumber(field(job, 'attempts')) >= tonumber(field(job, 'max_attempts')) then
+if tonumber(attempts) >= tonumber(field(job, 'max_attempts')) then
   -- A worker that vanished left no failure of its own; one that reported did, at its release.
   if field(job, 'failure') == '' then redis.call('HSET', job, 'failure', ARGV[8]) end
   finish(prefix, job, id, 'failed', now, ARGV[7])
-  return {'exhausted'}
+  return {'exhausted', attempts, lost_since}
 end
 redis.call('HINCRBY', job, 'attempts', 1)
+-- Kept, not only returned: a claim that is repeated must say the same again.
+redis.call('HSET', job, 'previous_traceparent', field(job, 'attempt_traceparent'), 'lost_since', lost_since,
+           'attempt_traceparent', ARGV[9])
 redis.call('HSET', job, 'state', 'in_progress', 'in_progress_at', now, 'worker', worker,
            'lease_token', token, 'lease_expires_at', ARGV[6])
 redis.call('HDEL', job, 'failure')

@@ -10,7 +10,15 @@ import pytest
 from jobs.errors import IdempotencyMismatch, QueueFull
 from jobs.model import Failure, JobId, LeaseToken, ReplicaId, WorkerId, new_lease_token
 from jobs.states import JobState
-from jobs.store import CancelOutcome, ClaimOutcome, RenewOutcome, Settlement, SettleOutcome
+from jobs.store import (
+    CancelOutcome,
+    Claim,
+    ClaimOutcome,
+    LostAttempt,
+    RenewOutcome,
+    Settlement,
+    SettleOutcome,
+)
 from tests.support.job_factory import NOW, completed, failed, job_result, new_job
 
 if TYPE_CHECKING:
@@ -20,6 +28,8 @@ WORKER = WorkerId("worker-1")
 OTHER_WORKER = WorkerId("worker-2")
 REPLICA = ReplicaId("replica-1")
 LEASE = 9.0
+SPANS = [f"00-0af7651916cd43dd8448eb211c80319c-b7ad6b716920333{number}-01" for number in range(3)]
+CRASH = Failure(reason="engine_crashed", message="signal 9", retryable=True)
 
 
 async def submit(stores: Stores, **overrides: object) -> JobId:
@@ -33,6 +43,15 @@ def claim(stores: Stores, id: JobId, *, now: float = NOW + 1, worker: WorkerId =
     outcome = stores.worker.claim(id, token, worker, now=now, lease_seconds=LEASE).outcome
     assert outcome is ClaimOutcome.CLAIMED
     return token
+
+
+def claim_as(
+    stores: Stores, id: JobId, *, now: float, traceparent: str, token: LeaseToken | None = None
+) -> tuple[LeaseToken, Claim]:
+    token = token or new_lease_token()
+    return token, stores.worker.claim(
+        id, token, WORKER, now=now, lease_seconds=LEASE, traceparent=traceparent
+    )
 
 
 async def state_of(stores: Stores, id: JobId) -> JobState:
@@ -253,6 +272,59 @@ async def test_job_whose_workers_vanish_fails_as_worker_lost(stores: Stores) -> 
     assert job is not None
     assert job.failure is not None
     assert job.failure.reason == "worker_lost"
+
+
+async def test_first_claim_tells_of_no_attempt_before(stores: Stores) -> None:
+    id = await submit(stores)
+
+    _, first = claim_as(stores, id, now=NOW, traceparent=SPANS[0])
+
+    assert (first.previous_traceparent, first.lost) == (None, None)
+
+
+async def test_claim_after_a_vanished_worker_tells_its_span_and_start(stores: Stores) -> None:
+    id = await submit(stores)
+    claim_as(stores, id, now=NOW + 1, traceparent=SPANS[0])
+
+    token, second = claim_as(stores, id, now=NOW + 20, traceparent=SPANS[1])
+    _, repeated = claim_as(stores, id, now=NOW + 21, traceparent=SPANS[1], token=token)
+
+    assert (second.attempt, second.previous_traceparent) == (2, SPANS[0])
+    assert second.lost == LostAttempt(attempt=1, started_at=NOW + 1)
+    assert repeated == second
+
+
+async def test_claim_after_a_release_tells_the_span_but_no_loss(stores: Stores) -> None:
+    id = await submit(stores)
+    token, _ = claim_as(stores, id, now=NOW + 1, traceparent=SPANS[0])
+    stores.worker.release(id, token, now=NOW + 2, failure=CRASH)
+
+    token, second = claim_as(stores, id, now=NOW + 3, traceparent=SPANS[1])
+    stores.worker.release(id, token, now=NOW + 4)
+    _, third = claim_as(stores, id, now=NOW + 5, traceparent=SPANS[2])
+
+    assert (second.previous_traceparent, second.lost) == (SPANS[0], None)
+    assert (third.previous_traceparent, third.lost) == (SPANS[1], None)
+
+
+async def test_claim_that_ends_a_job_tells_of_its_last_attempt(stores: Stores) -> None:
+    exhausted = await submit(stores, max_attempts=1)
+    cancelled = await submit(stores)
+    expired = await submit(stores, expires_at=NOW + 10)
+    for id in (exhausted, cancelled, expired):
+        claim_as(stores, id, now=NOW + 1, traceparent=SPANS[0])
+    await stores.api.cancel(cancelled, now=NOW + 2)
+
+    ends = [
+        claim_as(stores, id, now=NOW + 20, traceparent=SPANS[1])[1] for id in (exhausted, cancelled, expired)
+    ]
+
+    assert [end.outcome for end in ends] == [
+        ClaimOutcome.EXHAUSTED,
+        ClaimOutcome.CANCELLED,
+        ClaimOutcome.EXPIRED,
+    ]
+    assert {end.lost for end in ends} == {LostAttempt(attempt=1, started_at=NOW + 1)}
 
 
 async def test_cancel_of_a_queued_job_is_final_at_once(stores: Stores) -> None:
