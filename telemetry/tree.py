@@ -85,17 +85,46 @@ def render(trace: TraceTree) -> Tree:
     return top
 
 
-def summarize(trace: TraceTree) -> Table:
-    """Name by name: how often, how long together, what share of the longest root."""
-    total_ns = max((node.span.end_ns - node.span.start_ns for node in trace.roots), default=0)
-    table = Table("span", "count", "total", "share", box=None, header_style="bold")
-    sums: dict[str, list[int]] = {}
+@dataclass(frozen=True, slots=True)
+class Total:
+    """All spans of one name together; `share` is of the longest root, and above 1 where spans overlap."""
+
+    name: str
+    count: int
+    length_ns: int
+    share: float
+
+
+def totals(trace: TraceTree) -> list[Total]:
+    """Name by name, in the order of appearance."""
+    whole_ns = max((node.span.end_ns - node.span.start_ns for node in trace.roots), default=0)
+    lengths: dict[str, list[int]] = {}
     for span in _walk(trace.roots):
-        sums.setdefault(span.name, []).append(span.end_ns - span.start_ns)
-    for name, lengths in sums.items():
-        share = sum(lengths) / total_ns if total_ns else 0.0
-        table.add_row(Text(name), str(len(lengths)), _duration(sum(lengths)), f"{share:.0%}")
+        lengths.setdefault(span.name, []).append(span.end_ns - span.start_ns)
+    return [
+        Total(name, len(parts), sum(parts), sum(parts) / whole_ns if whole_ns else 0.0)
+        for name, parts in lengths.items()
+    ]
+
+
+def summarize(trace: TraceTree) -> Table:
+    """`totals` as a table."""
+    table = Table("span", "count", "total", "share", box=None, header_style="bold")
+    for total in totals(trace):
+        table.add_row(
+            Text(total.name), str(total.count), format_duration(total.length_ns), f"{total.share:.0%}"
+        )
     return table
+
+
+def format_duration(length_ns: int) -> str:
+    """In the unit that fits; a negative one, which clock skew makes, keeps its sign."""
+    seconds = length_ns / 1e9
+    if abs(seconds) < 1e-3:
+        return f"{seconds * 1e6:.0f} µs"
+    if abs(seconds) < 1:
+        return f"{seconds * 1e3:.1f} ms"
+    return f"{seconds:.2f} s"
 
 
 def _is_in_ring(span: SpanRecord, by_id: dict[str, SpanRecord]) -> bool:
@@ -154,7 +183,7 @@ def _title(trace: TraceTree) -> Text:
     return Text.assemble(
         ("trace ", "bold"),
         spans[0].trace_id,
-        f"  {len(spans)} spans  {_duration(length_ns)}  ",
+        f"  {len(spans)} spans  {format_duration(length_ns)}  ",
         (services, "dim"),
     )
 
@@ -168,8 +197,8 @@ def _add(above: Tree, node: Node, trace: TraceTree) -> None:
 def _line(span: SpanRecord, trace: TraceTree) -> Text:
     line = Text.assemble(
         (span.name, "bold red" if span.status == "ERROR" else "bold"),
-        f"  {_duration(span.end_ns - span.start_ns)}",
-        (f"  +{_duration(span.start_ns - trace.start_ns)}", "dim"),
+        f"  {format_duration(span.end_ns - span.start_ns)}",
+        (f"  +{format_duration(span.start_ns - trace.start_ns)}", "dim"),
         (f"  {span.kind}", _KIND_COLOURS.get(span.kind, "dim")),
         (f"  {span.service}", "dim"),
     )
@@ -184,7 +213,7 @@ def _line(span: SpanRecord, trace: TraceTree) -> Text:
 
 
 def _gap_line(gap: Gap) -> Text:
-    length = _duration(gap.end_ns - gap.start_ns)
+    length = format_duration(gap.end_ns - gap.start_ns)
     where = f"between {gap.after} and {gap.before}"
     return Text(f"{length} of {gap.span.name} unexplained, {where}", style="yellow")
 
@@ -196,13 +225,3 @@ def _link(attributes: object, span_id: str) -> str:
 
 def _value(value: object) -> str:
     return f"{value:.1f}" if isinstance(value, float) else str(value)
-
-
-def _duration(length_ns: int) -> str:
-    """In the unit that fits; a negative one, which clock skew makes, keeps its sign."""
-    seconds = length_ns / 1e9
-    if abs(seconds) < 1e-3:
-        return f"{seconds * 1e6:.0f} µs"
-    if abs(seconds) < 1:
-        return f"{seconds * 1e3:.1f} ms"
-    return f"{seconds:.2f} s"
