@@ -121,7 +121,7 @@ def _adopt(provider: TracerProvider, settings: TelemetrySettings, *, is_explicit
 def build(default_service_name: str, settings: TelemetrySettings) -> Telemetry:
     """A provider with its exporters that is nobody's global; `configure` is what a process calls."""
     provider = _OwnTracerProvider(
-        resource=_resource(default_service_name, settings),
+        resource=process_resource(default_service_name, settings),
         shutdown_on_exit=False,  # the SDK's own exit handler may wait for 30 s
     )
     exporters = [] if settings.is_disabled else _exporters(settings)
@@ -138,7 +138,7 @@ def build(default_service_name: str, settings: TelemetrySettings) -> Telemetry:
     return provider.telemetry
 
 
-def _resource(default_service_name: str, settings: TelemetrySettings) -> Resource:
+def process_resource(default_service_name: str, settings: TelemetrySettings) -> Resource:
     attributes: dict[str, str] = {SERVICE_VERSION: _version()}
     if settings.service_name is not None:
         attributes[SERVICE_NAME] = settings.service_name
