@@ -1,8 +1,8 @@
 """Every metric that this project emits: name, kind, unit, bounds, and the attributes it may carry.
 
 The `gen_ai.*` ones are the server histograms and the usage counters of the GenAI conventions, still in
-development. Their bounds are the conventions' own with larger ones appended: a job may have queued for an hour.
-What no convention covers lies under `throughline.`.
+development. Their bounds are the conventions' own with larger ones appended, for a job may have waited in a
+queue for an hour. What no convention covers lies under `throughline.`.
 
 Attributes have few values each: served models, priorities, outcomes and reasons; never an id, never text.
 `METRICS` is the same as data: `README.md` shows it and tests hold the two, and what is emitted, together.
