@@ -17,6 +17,7 @@ from jobs.clock import Clock
 from jobs.model import JobRequest, NewJob, Priority, ReplicaId, new_job_id
 from jobs.registry import ModelCard, queue_name
 from telemetry.http import current_traceparent
+from telemetry.spans import accept
 
 EXPIRY_MARGIN_SECONDS = 5.0
 """A waiting client's job expires so long after the wait: for the case that this process dies meanwhile."""
@@ -43,9 +44,10 @@ class Intake:
             ApiError: what is wrong with the request.
             StoreUnavailable: the models could not be looked up.
         """
-        document = await _read_document(request)
-        body = validate(JobBody, document)
-        new = await self._new_job(request, document, body, priority=body.priority or "batch")
+        with accept():
+            document = await _read_document(request)
+            body = validate(JobBody, document)
+            new = await self._new_job(request, document, body, priority=body.priority or "batch")
         return new.model_copy(
             update={
                 "watcher": watcher,
@@ -64,9 +66,10 @@ class Intake:
             watcher: this replica, which waits for it.
             expires_after_wait: the wait's seconds when the job is of no use after it.
         """
-        document = await _read_document(request)
-        body = validate(CompletionBody, document)
-        new = await self._new_job(request, document, body, priority="interactive")
+        with accept():
+            document = await _read_document(request)
+            body = validate(CompletionBody, document)
+            new = await self._new_job(request, document, body, priority="interactive")
         expires_at = (
             None
             if expires_after_wait is None

@@ -25,7 +25,7 @@ from jobs.queue import Publisher
 from jobs.states import JobState
 from jobs.store import CancelOutcome, SubmissionStore
 from telemetry.celery import publishing_again
-from telemetry.spans import extract
+from telemetry.spans import extract, store_job
 
 _logger = logging.getLogger(__name__)
 
@@ -68,7 +68,8 @@ class Submission:
             QueueFull: too many open jobs in its queue.
             IdempotencyMismatch: the key was used before with another body.
         """
-        created = await self._store.create(job, max_open=self._limits.max_open_jobs)
+        with store_job(job.id):
+            created = await self._store.create(job, max_open=self._limits.max_open_jobs)
         if created.replayed:
             await self._republish(created.id)
             return Accepted(created.id, replayed=True)

@@ -9,12 +9,11 @@ from opentelemetry import trace
 from opentelemetry.instrumentation import _semconv
 from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
 from opentelemetry.trace import format_trace_id
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from telemetry.setup import prefer_stable_http_attributes
+from telemetry.spans import traceparent
 
 _HEALTH = r"^https?://[^/]+/health(/|\?|$)"
-_W3C = TraceContextTextMapPropagator()
 
 
 def instrument_api(app: FastAPI) -> None:
@@ -41,9 +40,7 @@ def current_trace_id() -> str:
 
 def current_traceparent() -> str:
     """The W3C header of the current span, as kept in a job record; empty outside a span."""
-    carrier: dict[str, str] = {}
-    _W3C.inject(carrier)
-    return carrier.get("traceparent", "")
+    return traceparent()
 
 
 def _excluded_urls() -> str:

@@ -31,6 +31,11 @@ SPAN_ENGINE_PREFILL: Final = "engine.prefill"
 SPAN_ENGINE_DECODE: Final = "engine.decode"
 SPAN_WAIT_RESULT: Final = "wait result"
 SPAN_STORE_RESULT: Final = "store result"
+SPAN_ACCEPT: Final = "accept"
+SPAN_STORE_JOB: Final = "store job"
+SPAN_FETCH_RESULT: Final = "fetch result"
+SPAN_CLAIM: Final = "claim"
+SPAN_ENGINE_INTERRUPTED: Final = "engine.interrupted"
 
 # Ours: what a client can search a trace by.
 JOB_ID: Final = "job.id"
@@ -164,6 +169,9 @@ SPANS: Final[tuple[SpanShape, ...]] = (
         _MESSAGING,
         (JOB_ID, JOB_ATTEMPT, JOB_REDELIVERED, JOB_STATE, QUEUE_WAIT, CLOCK_SKEWED, TASK_NAME, ERROR_TYPE),
     ),
+    # INTERNAL, not CONSUMER: nobody measured it, it is drawn from the job's record by the next delivery.
+    SpanShape("lost <queue>", ("INTERNAL",), "worker", (JOB_ID, JOB_ATTEMPT, ERROR_TYPE)),
+    SpanShape(SPAN_CLAIM, ("INTERNAL",), "worker", (JOB_ID,)),
     SpanShape(
         "text_completion <model>",
         ("INTERNAL",),
@@ -206,8 +214,12 @@ SPANS: Final[tuple[SpanShape, ...]] = (
     SpanShape(SPAN_ENGINE_WAIT, ("INTERNAL",), "worker", (), (PHASE_TOKENS, PHASE_STEPS)),
     SpanShape(SPAN_ENGINE_PREFILL, ("INTERNAL",), "worker", (), (PHASE_TOKENS, PHASE_STEPS)),
     SpanShape(SPAN_ENGINE_DECODE, ("INTERNAL",), "worker", (), (PHASE_TOKENS, PHASE_STEPS)),
+    SpanShape(SPAN_ENGINE_INTERRUPTED, ("INTERNAL",), "worker", (JOB_ID,)),
+    SpanShape(SPAN_ACCEPT, ("INTERNAL",), "api", ()),
+    SpanShape(SPAN_STORE_JOB, ("INTERNAL",), "api", (JOB_ID,)),
     SpanShape(SPAN_WAIT_RESULT, ("INTERNAL",), "api", (JOB_ID,)),
     SpanShape(SPAN_STORE_RESULT, ("INTERNAL",), "worker", (JOB_ID,)),
+    SpanShape(SPAN_FETCH_RESULT, ("INTERNAL",), "api", (JOB_ID,)),
 )
 
 

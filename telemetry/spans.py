@@ -111,6 +111,13 @@ def extract(headers: Mapping[str, object]) -> Context:
     return _W3C.extract(carrier, context=Context())
 
 
+def traceparent(context: Context | None = None) -> str:
+    """The W3C header of the span in `context` (the current one), as kept in a job record; else empty."""
+    carrier: dict[str, str] = {}
+    _W3C.inject(carrier, context=context)
+    return carrier.get("traceparent", "")
+
+
 def queue_wait(
     context: Context,
     *,
@@ -165,9 +172,49 @@ def generation(
     return span.get_span_context()
 
 
-def mark_job(job_id: str) -> None:
-    """The current span (the request's, in the API) names the job."""
-    trace.get_current_span().set_attribute(names.JOB_ID, job_id)
+def claim(context: Context, *, job_id: str, started_at_ns: int, ended_at_ns: int) -> None:
+    """Draw the worker's claim below `context`, the process span's.
+
+    Drawn when the attempt ends, not live: of a worker that is killed the claim would arrive, its parent
+    never.
+    """
+    _draw(names.SPAN_CLAIM, context, {names.JOB_ID: job_id}, started_at_ns, ended_at_ns)
+
+
+def interrupted(context: Context, *, job_id: str, started_at_ns: int, ended_at_ns: int) -> None:
+    """Draw the time in the engine of a job that left it without an output, so that it has a name."""
+    _draw(names.SPAN_ENGINE_INTERRUPTED, context, {names.JOB_ID: job_id}, started_at_ns, ended_at_ns)
+
+
+def lost_attempt(
+    context: Context, *, queue: str, job_id: str, attempt: int, started_at_ns: int, ended_at_ns: int
+) -> str:
+    """Draw `lost <queue>` for an attempt whose own span can never come, beside the other attempts.
+
+    Args:
+        context: the send span's, as for `queue_wait`.
+        queue: as in the names of its siblings.
+        job_id: whose attempt it was.
+        attempt: its number.
+        started_at_ns: its claim.
+        ended_at_ns: when the next claim found its lease run out; when it really ended nobody knows.
+
+    Returns:
+        Its traceparent, for the next attempt to link to: the lost span's own would lead nowhere.
+    """
+    attributes: dict[str, AttributeValue] = {names.JOB_ID: job_id, names.JOB_ATTEMPT: attempt}
+    span = _draw(f"lost {queue}", context, attributes, started_at_ns, ended_at_ns, error_type="worker_lost")
+    return traceparent(trace.set_span_in_context(span, Context()))
+
+
+def mark_job(job_id: str, *, created_by: str | None = None) -> None:
+    """The current span (the request's, in the API) names the job.
+
+    `created_by` is the traceparent in the job's record, which a later request about the job links to.
+    """
+    span = trace.get_current_span()
+    span.set_attribute(names.JOB_ID, job_id)
+    _add_link(span, created_by, names.LINK_CREATION)
 
 
 def mark_attempt(
@@ -182,7 +229,7 @@ def mark_attempt(
 
     `attempt` counts from 1, as the job store does. `queue_wait_seconds` is the searchable twin of the
     `queue` span; a negative one is clock skew and told as such. `previous_traceparent` is what
-    `telemetry.http.current_traceparent` gave in the attempt before.
+    `traceparent` gave in the attempt before, or `lost_attempt` for it.
     """
     span = trace.get_current_span()
     span.set_attributes(
@@ -192,10 +239,7 @@ def mark_attempt(
         span.set_attribute(names.QUEUE_WAIT, max(queue_wait_seconds, 0.0))
         if queue_wait_seconds < 0:
             span.set_attribute(names.CLOCK_SKEWED, True)
-    if previous_traceparent is not None:
-        previous = trace.get_current_span(extract({"traceparent": previous_traceparent})).get_span_context()
-        if previous.is_valid:
-            span.add_link(previous, {names.LINK_ROLE: names.LINK_PREVIOUS_ATTEMPT})
+    _add_link(span, previous_traceparent, names.LINK_PREVIOUS_ATTEMPT)
 
 
 def mark_outcome(state: str, *, error_type: str | None = None) -> None:
@@ -204,6 +248,27 @@ def mark_outcome(state: str, *, error_type: str | None = None) -> None:
     span.set_attribute(names.JOB_STATE, state)
     if error_type is not None:
         _fail(span, error_type)
+
+
+@contextmanager
+def accept() -> Iterator[None]:
+    """A live span around reading, checking and tokenizing a request."""
+    with _live(names.SPAN_ACCEPT, {}):
+        yield
+
+
+@contextmanager
+def store_job(job_id: str) -> Iterator[None]:
+    """A live span around the API's writing of a new job."""
+    with _live(names.SPAN_STORE_JOB, {names.JOB_ID: job_id}):
+        yield
+
+
+@contextmanager
+def fetch_result(job_id: str) -> Iterator[None]:
+    """A live span around the API's reading of an ended job."""
+    with _live(names.SPAN_FETCH_RESULT, {names.JOB_ID: job_id}):
+        yield
 
 
 @contextmanager
@@ -232,6 +297,41 @@ def link_to(context: Context, role: str) -> list[Link]:
 
 def _tracer(tracer: Tracer | None) -> Tracer:
     return tracer if tracer is not None else trace.get_tracer(names.TRACER)
+
+
+@contextmanager
+def _live(name: str, attributes: dict[str, AttributeValue]) -> Iterator[None]:
+    """Never the current span: ids that are told and messages that are sent inside belong to the request.
+
+    An error that passes through is told by the request's own span; its words might quote a prompt.
+    """
+    span = _tracer(None).start_span(name, attributes=attributes)
+    try:
+        yield
+    finally:
+        span.end()
+
+
+def _draw(
+    name: str,
+    context: Context,
+    attributes: dict[str, AttributeValue],
+    start_ns: int,
+    end_ns: int,
+    *,
+    error_type: str | None = None,
+) -> Span:
+    span = _tracer(None).start_span(name, context, attributes=attributes, start_time=start_ns)
+    if error_type is not None:
+        _fail(span, error_type)
+    span.end(max(start_ns, end_ns))
+    return span
+
+
+def _add_link(span: Span, traceparent: str | None, role: str) -> None:
+    target = extract({"traceparent": traceparent})
+    for link in link_to(target, role):
+        span.add_link(link.context, link.attributes)
 
 
 def _fail(span: Span, error_type: str) -> None:

@@ -29,6 +29,7 @@ from jobs.model import Failure, JobId, JobRequest, LeaseToken, WorkerId, new_lea
 from jobs.states import JobState
 from jobs.store import AttemptStore, Claim, ClaimOutcome, Settlement, SettleOutcome
 from telemetry.log import logged_job
+from telemetry.spans import traceparent
 from workers.delivery import Delivery
 from workers.errors import CancelWished, DeadlinePassed, EngineLost, EngineRefused, LeaseLost
 from workers.holding import HeldJob, Holding
@@ -73,8 +74,14 @@ class AttemptRunner:
         claim = self._insist(lambda: self._claim(delivery.id, token))
         if claim is None:
             return Verdict.REQUEUE
+        with self.observer.claim_told_last(delivery, received_at_ns, time_ns()):
+            return self._run_claimed(delivery, claim, token, received_at_ns)
+
+    def _run_claimed(
+        self, delivery: Delivery, claim: Claim, token: LeaseToken, received_at_ns: int
+    ) -> Verdict:
         if claim.outcome is not ClaimOutcome.CLAIMED or claim.request is None:
-            self.observer.dropped(delivery, claim.outcome)
+            self.observer.dropped(delivery, claim, received_at_ns)
             return Verdict.ACKNOWLEDGE
         try:
             self.observer.claimed(delivery, claim, received_at_ns)
@@ -84,7 +91,12 @@ class AttemptRunner:
 
     def _claim(self, id: JobId, token: LeaseToken) -> Claim:
         return self.store.claim(
-            id, token, self.worker, now=self.clock.now(), lease_seconds=self.lease_seconds
+            id,
+            token,
+            self.worker,
+            now=self.clock.now(),
+            lease_seconds=self.lease_seconds,
+            traceparent=traceparent() or None,
         )
 
     def _generate(self, delivery: Delivery, claim: Claim, request: JobRequest, token: LeaseToken) -> Verdict:
@@ -95,7 +107,7 @@ class AttemptRunner:
             params = sampling_params(request.sampling)
             requests = engine_requests(delivery.id, token, request, params)
             with self.holding.hold(held):
-                outputs = self._run_engine(requests, handle)
+                outputs = self._run_engine(delivery, requests, handle)
         except (InvalidRequestError, EngineRefused) as refusal:
             return self._settle(delivery, token, Settlement(JobState.FAILED, failure=_as_failure(refusal)))
         except CancelWished:
@@ -116,15 +128,16 @@ class AttemptRunner:
         return self._settle(delivery, token, _settlement(outputs, stamps))
 
     def _run_engine(
-        self, requests: tuple[EngineRequest, ...], handle: TaskHandle
+        self, delivery: Delivery, requests: tuple[EngineRequest, ...], handle: TaskHandle
     ) -> tuple[RequestOutput, ...]:
+        submitted_at_ns = time_ns()
         generation = self.runtime.submit(requests)
         try:
             return handle.wait(generation.future)
-        except EngineLost:
-            raise  # nothing is left to abort
-        except BaseException:
-            self.runtime.abort(generation)
+        except BaseException as ending:
+            self.observer.interrupted(delivery, submitted_at_ns)
+            if not isinstance(ending, EngineLost):  # after which nothing is left to abort
+                self.runtime.abort(generation)
             raise
 
     def _settle(self, delivery: Delivery, token: LeaseToken, settlement: Settlement) -> Verdict:

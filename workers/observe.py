@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from opentelemetry import context as otel_context
@@ -37,6 +38,19 @@ class AttemptObserver:
     model: str
     captures_content: bool = False
 
+    @contextmanager
+    def claim_told_last(self, delivery: Delivery, received_at_ns: int, claimed_at_ns: int) -> Iterator[None]:
+        """The claim's span is drawn when the attempt is over: see `spans.claim`."""
+        try:
+            yield
+        finally:
+            spans.claim(
+                otel_context.get_current(),
+                job_id=delivery.id,
+                started_at_ns=received_at_ns,
+                ended_at_ns=claimed_at_ns,
+            )
+
     def claimed(self, delivery: Delivery, claim: Claim, received_at_ns: int) -> None:
         waited = None
         if delivery.enqueued_at_ns is not None:
@@ -53,9 +67,20 @@ class AttemptObserver:
             attempt=claim.attempt,
             is_redelivered=delivery.is_redelivered,
             queue_wait_seconds=waited,
+            previous_traceparent=self._lost(delivery, claim, received_at_ns) or claim.previous_traceparent,
         )
 
-    def dropped(self, delivery: Delivery, outcome: ClaimOutcome) -> None:
+    def interrupted(self, delivery: Delivery, submitted_at_ns: int) -> None:
+        spans.interrupted(
+            otel_context.get_current(),
+            job_id=delivery.id,
+            started_at_ns=submitted_at_ns,
+            ended_at_ns=time.time_ns(),
+        )
+
+    def dropped(self, delivery: Delivery, claim: Claim, received_at_ns: int) -> None:
+        self._lost(delivery, claim, received_at_ns)
+        outcome = claim.outcome
         state = _DROPPED_AS.get(outcome)
         error = "worker_lost" if outcome is ClaimOutcome.EXHAUSTED else None
         spans.mark_outcome(state.value if state else outcome.value, error_type=error)
@@ -93,6 +118,20 @@ class AttemptObserver:
     def lease_lost(self, delivery: Delivery) -> None:
         spans.mark_outcome("lease_lost", error_type="lease_lost")
         logger.warning("lease lost; the result is dropped")
+
+    def _lost(self, delivery: Delivery, claim: Claim, received_at_ns: int) -> str | None:
+        """Draw the attempt before where its worker cannot any more; the traceparent to link to."""
+        if claim.lost is None:
+            return None
+        logger.warning("attempt %d was lost with its worker", claim.lost.attempt)
+        return spans.lost_attempt(
+            delivery.creation,
+            queue=delivery.queue,
+            job_id=delivery.id,
+            attempt=claim.lost.attempt,
+            started_at_ns=round(claim.lost.started_at * 1e9),
+            ended_at_ns=received_at_ns,
+        )
 
     def _record(
         self, delivery: Delivery, params: SamplingParams, output: RequestOutput, prompt: str | None

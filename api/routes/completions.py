@@ -20,7 +20,7 @@ from api.waiting import Ending, WaitOutcome, wait_for
 from jobs.errors import StoreUnavailable
 from jobs.model import Job, JobId, NewJob
 from jobs.states import JobState
-from telemetry.spans import mark_job, wait_result
+from telemetry.spans import fetch_result, mark_job, wait_result
 
 FETCH_TRIES = 4
 """A job that ended while the store went away is asked for so often, with pauses, before it is given up."""
@@ -80,7 +80,9 @@ async def _run(services: Services, call: _Call) -> Response:
     is_ours = not (call.is_kept or accepted.replayed)
     match outcome:
         case WaitOutcome.ENDED:
-            return _answer(await _fetch(services, accepted.id), call, accepted)
+            with fetch_result(accepted.id):
+                job = await _fetch(services, accepted.id)
+            return _answer(job, call, accepted)
         case WaitOutcome.CLIENT_GONE:
             if is_ours:
                 await services.submission.give_up(accepted.id)

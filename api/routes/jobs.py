@@ -18,7 +18,7 @@ from api.waiting import wait_for
 from jobs.model import Job, JobId, NewJob
 from jobs.states import JobState
 from jobs.store import CancelOutcome
-from telemetry.spans import mark_job, wait_result
+from telemetry.spans import fetch_result, mark_job, wait_result
 
 _JOB_ID = re.compile(r"job_[0-9a-f]{32}")
 
@@ -44,7 +44,8 @@ async def submit(request: Request, services: Ready) -> Response:
     headers = job_headers(accepted.id, replayed=accepted.replayed) | preferences.applied(seconds)
     if not (seconds or accepted.replayed):
         return job_reply(as_submitted(new), headers)
-    job = await services.store.get(accepted.id, with_result=True)
+    with fetch_result(accepted.id):
+        job = await services.store.get(accepted.id, with_result=True)
     if job is None:
         raise JobLost(accepted.id)
     return job_reply(job, headers)
@@ -107,7 +108,7 @@ async def _existing(services: Services, id: JobId) -> Job:
     job = await services.store.get(id, with_result=True)
     if job is None:
         raise JobNotFound
-    mark_job(job.id)
+    mark_job(job.id, created_by=job.traceparent)
     return job
 
 

@@ -94,7 +94,7 @@ def _is_inside(span: SpanRecord, parent: SpanRecord) -> bool:
 
 
 def _deliveries(spans: Sequence[SpanRecord]) -> Iterator[str]:
-    """One PRODUCER a message; each of its CONSUMERs links to it; attempts of a job are 1..k."""
+    """One PRODUCER a message; each of its CONSUMERs links to it; attempts of a job, even lost, are 1..k."""
     producers: dict[Value, list[SpanRecord]] = {}
     attempts: dict[Value, list[int]] = {}
     for span in spans:
@@ -104,6 +104,9 @@ def _deliveries(spans: Sequence[SpanRecord]) -> Iterator[str]:
         if len(sent) > 1:
             yield f"one PRODUCER a message: {message_id!r} has {len(sent)}"
     for span in spans:
+        attempt = span.attributes.get(names.JOB_ATTEMPT)
+        if isinstance(attempt, int):
+            attempts.setdefault(span.attributes.get(names.JOB_ID), []).append(attempt)
         if span.kind != "CONSUMER":
             continue
         sent = producers.get(span.attributes.get(names.MESSAGING_MESSAGE_ID), [])
@@ -111,9 +114,6 @@ def _deliveries(spans: Sequence[SpanRecord]) -> Iterator[str]:
             yield f"process links to its send: {span.name} does not"
         if not sent:
             yield f"one PRODUCER a message: {span.name} has none"
-        attempt = span.attributes.get(names.JOB_ATTEMPT)
-        if isinstance(attempt, int):
-            attempts.setdefault(span.attributes.get(names.JOB_ID), []).append(attempt)
     for job_id, counted in attempts.items():
         if sorted(counted) != list(range(1, len(counted) + 1)):
             yield f"attempts are 1..k: job {job_id!r} has {sorted(counted)}"
