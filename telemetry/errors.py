@@ -2,7 +2,8 @@
 
     TelemetryError
     ├── SettingsError       an environment variable holds what its rule refuses; carries name, value and rule
-    └── ReceiverError       the built-in receiver could not listen where it was told to
+    ├── ReceiverError       the built-in receiver could not listen where it was told to
+    └── SpanFormatError     JSON that should have been a span is none
 
 Nothing else is raised on purpose: a span that cannot be exported is lost, never a job.
 """
@@ -29,3 +30,7 @@ class SettingsError(TelemetryError):
 
 class ReceiverError(TelemetryError):
     reason = "telemetry_receiver"
+
+
+class SpanFormatError(TelemetryError):
+    reason = "telemetry_span_format"

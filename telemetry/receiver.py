@@ -4,11 +4,13 @@ It serves the demo, `throughline trace` and the tests, which see through it exac
 be sent. Only traces, only protobuf. Not for the open network: it has no authentication.
 
     exporter ──gRPC──▶ _TraceService ─┐
-    exporter ──HTTP──▶ _TraceHandler ─┴▶ decode ──▶ _SpanStore ──▶ spans, trace, wait_for
+    exporter ──HTTP──▶ _TraceHandler ─┴▶ decode ──▶ _SpanStore ──▶ spans, trace, of_job, wait_for
+                                                                └─▶ GET /traces/{id}, /jobs/{id}/trace
 """
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 import zlib
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
+from urllib.parse import unquote, urlsplit
 
 import grpc  # type: ignore[import-untyped]  # ships no types
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # ships no types
@@ -29,12 +32,15 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
     add_TraceServiceServicer_to_server,
 )
 
+from telemetry import names
 from telemetry.errors import ReceiverError
-from telemetry.record import SpanRecord, decode
+from telemetry.record import SpanRecord, decode, size_bytes
+from telemetry.record_json import to_json
 
 __all__ = ["Receiver", "SpanRecord"]
 
 _MAX_REQUEST_BYTES = 64 * 1024 * 1024  # what the Python HTTP exporter sends at most
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class Receiver:
@@ -44,12 +50,19 @@ class Receiver:
     """
 
     def __init__(
-        self, host: str = "127.0.0.1", grpc_port: int = 0, http_port: int = 0, *, max_spans: int = 100_000
+        self,
+        host: str = "127.0.0.1",
+        grpc_port: int = 0,
+        http_port: int = 0,
+        *,
+        max_spans: int = 100_000,
+        max_bytes: int = 256 * 1024 * 1024,
     ) -> None:
+        """Of more than `max_spans`, or of about `max_bytes` in memory, the oldest are forgotten."""
         self.host = host
         self.grpc_port = grpc_port
         self.http_port = http_port
-        self._store = _SpanStore(max_spans)
+        self._store = _SpanStore(max_spans, max_bytes)
         self._grpc_server: grpc.Server | None = None
         self._http_server: ThreadingHTTPServer | None = None
 
@@ -60,6 +73,11 @@ class Receiver:
     @property
     def http_endpoint(self) -> str:
         return f"http://{self.host}:{self.http_port}/v1/traces"
+
+    @property
+    def read_url(self) -> str:
+        """Where spans are read: `/traces/{trace_id}` and `/jobs/{job_id}/trace` stand below it."""
+        return f"http://{self.host}:{self.http_port}"
 
     def start(self) -> None:
         """Both ports are listened on.
@@ -100,6 +118,10 @@ class Receiver:
     def trace(self, trace_id: str) -> list[SpanRecord]:
         return [span for span in self.spans() if span.trace_id == trace_id]
 
+    def of_job(self, job_id: str) -> list[SpanRecord]:
+        """Return the traces in which the job was sent or run, whole; more than one in link-only mode."""
+        return _of_job(self.spans(), job_id)
+
     def trace_ids(self) -> list[str]:
         """In the order of arrival, each once."""
         return list(dict.fromkeys(span.trace_id for span in self.spans()))
@@ -110,7 +132,7 @@ class Receiver:
 
     @property
     def num_evicted(self) -> int:
-        """Spans forgotten for newer ones, because more than `max_spans` came."""
+        """Spans forgotten for newer ones, because more came than may be held."""
         return self._store.num_evicted
 
     def clear(self) -> None:
@@ -142,19 +164,38 @@ class Receiver:
         return server
 
 
-class _SpanStore:
-    """A bounded list of spans that can be waited on."""
+def _of_job(spans: list[SpanRecord], job_id: str) -> list[SpanRecord]:
+    # Requests that poll a job name it too, but are no part of its story.
+    trace_ids = {
+        span.trace_id
+        for span in spans
+        if span.kind in ("PRODUCER", "CONSUMER") and span.attributes.get(names.JOB_ID) == job_id
+    }
+    return [span for span in spans if span.trace_id in trace_ids]
 
-    def __init__(self, max_spans: int) -> None:
-        self._spans: deque[SpanRecord] = deque(maxlen=max_spans)
+
+class _SpanStore:
+    """A bounded list of spans that can be waited on.
+
+    Invariant: `_num_bytes` is the sum of the sizes of what is held.
+    """
+
+    def __init__(self, max_spans: int, max_bytes: int) -> None:
+        self._spans: deque[SpanRecord] = deque()
+        self._max_spans = max_spans
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
         self._changed = threading.Condition()
         self.num_evicted = 0
 
     def add(self, spans: Iterable[SpanRecord]) -> None:
         with self._changed:
             for span in spans:
-                self.num_evicted += len(self._spans) == self._spans.maxlen
                 self._spans.append(span)
+                self._num_bytes += size_bytes(span)
+                while len(self._spans) > self._max_spans or self._num_bytes > self._max_bytes:
+                    self._num_bytes -= size_bytes(self._spans.popleft())
+                    self.num_evicted += 1
             self._changed.notify_all()
 
     def spans(self) -> list[SpanRecord]:
@@ -164,6 +205,7 @@ class _SpanStore:
     def clear(self) -> None:
         with self._changed:
             self._spans.clear()
+            self._num_bytes = 0
 
     def wait_for(self, predicate: Callable[[list[SpanRecord]], bool], timeout_seconds: float) -> bool:
         deadline = time.monotonic() + timeout_seconds
@@ -224,6 +266,32 @@ class _TraceHandler(BaseHTTPRequestHandler):
             self._answer(refusal.status, str(refusal).encode(), "text/plain")
         else:
             self._answer(200, ExportTraceServiceResponse().SerializeToString(), "application/x-protobuf")
+
+    def do_GET(self) -> None:  # the name is the base class's
+        try:
+            if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in _LOOPBACK:
+                # A page in somebody's browser may have its own name resolve to this machine.
+                raise _BadRequest(403, "the Host must be this machine's loopback")
+            spans = self._found(urlsplit(self.path).path)
+        except _BadRequest as refusal:
+            self._answer(refusal.status, str(refusal).encode(), "text/plain")
+        except ValueError:
+            self._answer(400, b"no valid Host or path", "text/plain")
+        else:
+            content = {
+                "spans": [to_json(span) for span in spans],
+                "num_evicted": self.server.store.num_evicted,
+            }
+            self._answer(200, json.dumps(content).encode(), "application/json")
+
+    def _found(self, path: str) -> list[SpanRecord]:
+        """Return the spans that the path asks for; none where none came, which may still change."""
+        match [unquote(part) for part in path.split("/")[1:]]:
+            case ["traces", trace_id]:
+                return [span for span in self.server.store.spans() if span.trace_id == trace_id.lower()]
+            case ["jobs", job_id, "trace"]:
+                return _of_job(self.server.store.spans(), job_id)
+        raise _BadRequest(404, "only /traces/{trace_id} and /jobs/{job_id}/trace are read")
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: the receiver speaks through its spans."""

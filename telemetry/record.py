@@ -107,3 +107,22 @@ def _value(value: AnyValue) -> Value:
         case "kvlist_value":
             return _attributes(value.kvlist_value.values)
     return None
+
+
+def size_bytes(span: SpanRecord) -> int:
+    """About what the span costs in memory; its texts are counted, the rest is taken as a flat sum."""
+    bags = (span.attributes, *(e.attributes for e in span.events), *(k.attributes for k in span.links))
+    return 1024 + len(span.name) + len(span.status_message) + sum(_sizes(bags))
+
+
+def _sizes(values: Iterable[Value]) -> Iterable[int]:
+    for value in values:
+        match value:
+            case str() | bytes():
+                yield 64 + len(value) * (4 if isinstance(value, str) and not value.isascii() else 1)
+            case tuple():
+                yield 64 + sum(_sizes(value))
+            case Mapping():
+                yield 64 + sum(_sizes((*value.keys(), *value.values())))
+            case _:
+                yield 32
