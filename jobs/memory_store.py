@@ -163,8 +163,11 @@ class MemoryStore:
                 return Claim(ClaimOutcome.MISSING)
             lost_since = "" if record["state"] == JobState.QUEUED else record.get("in_progress_at", "")
             if (ended := self._refuse_or_end(record, token, now)) is not None:
-                is_refusal = ended in (ClaimOutcome.FINAL, ClaimOutcome.HELD)
-                return to_refusal(ended, record["attempts"], "" if is_refusal else lost_since)
+                if ended is ClaimOutcome.HELD:
+                    return Claim(ended)
+                if ended is ClaimOutcome.FINAL:
+                    return to_refusal(ended, record["attempts"], "", record["state"])
+                return to_refusal(ended, record["attempts"], lost_since)
             if record.get("lease_token") != token:
                 record.update(
                     attempts=str(int(record["attempts"]) + 1),
@@ -247,6 +250,7 @@ class MemoryStore:
             else:
                 record["failure"] = failure.model_dump_json()
             record["state"] = JobState.QUEUED.value
+            record["released_at"] = repr(now)
             self._drop_lease(record)
             self._notify(record)
             return SettleOutcome.SETTLED

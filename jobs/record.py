@@ -86,6 +86,7 @@ CLAIMED_FIELDS = (
     "traceparent",
     "previous_traceparent",
     "lost_since",
+    "released_at",
 )
 """What a claim reads, in the order of `to_claim` and of `lua/claim.lua`."""
 
@@ -98,6 +99,7 @@ def to_claim(
     traceparent: str,
     previous_traceparent: str,
     lost_since: str,
+    released_at: str,
 ) -> Claim:
     attempt = int(attempts)
     return Claim(
@@ -109,12 +111,17 @@ def to_claim(
         traceparent=traceparent or None,
         previous_traceparent=previous_traceparent or None,
         lost=_lost_attempt(attempt - 1, lost_since),
+        released_at=float(released_at) if released_at else None,
     )
 
 
-def to_refusal(outcome: str, attempts: str = "0", lost_since: str = "") -> Claim:
+def to_refusal(outcome: str, attempts: str = "0", lost_since: str = "", state: str = "") -> Claim:
     """A claim that was not given, or that ended the job."""
-    return Claim(ClaimOutcome(outcome), lost=_lost_attempt(int(attempts), lost_since))
+    return Claim(
+        ClaimOutcome(outcome),
+        lost=_lost_attempt(int(attempts), lost_since),
+        ended_as=JobState(state) if state else None,
+    )
 
 
 def _lost_attempt(attempt: int, started_at: str) -> LostAttempt | None:

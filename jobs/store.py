@@ -133,6 +133,10 @@ class Claim:
     """The span of the attempt before, however that one ended."""
     lost: LostAttempt | None = None
     """The attempt before, if its lease ran out. Set when claimed, cancelled, expired or exhausted."""
+    released_at: float | None = None
+    """When an attempt last gave the job back, and its wait began anew. Unix seconds."""
+    ended_as: JobState | None = None
+    """Set when the job was final already."""
 
 
 class SettleOutcome(StrEnum):

@@ -52,14 +52,14 @@ class AttemptObserver:
             )
 
     def claimed(self, delivery: Delivery, claim: Claim, received_at_ns: int) -> None:
-        waited = None
-        if delivery.enqueued_at_ns is not None:
-            waited = (received_at_ns - delivery.enqueued_at_ns) / 1e9
+        waited, since_ns = None, _waiting_since_ns(delivery, claim)
+        if since_ns is not None:
+            waited = (received_at_ns - since_ns) / 1e9
             spans.queue_wait(
                 delivery.creation,
                 queue=delivery.queue,
                 job_id=delivery.id,
-                enqueued_at_ns=delivery.enqueued_at_ns,
+                enqueued_at_ns=since_ns,
                 started_at_ns=received_at_ns,
             )
         spans.mark_attempt(
@@ -81,7 +81,7 @@ class AttemptObserver:
     def dropped(self, delivery: Delivery, claim: Claim, received_at_ns: int) -> None:
         self._lost(delivery, claim, received_at_ns)
         outcome = claim.outcome
-        state = _DROPPED_AS.get(outcome)
+        state = claim.ended_as or _DROPPED_AS.get(outcome)
         error = "worker_lost" if outcome is ClaimOutcome.EXHAUSTED else None
         spans.mark_outcome(state.value if state else outcome.value, error_type=error)
         logger.info("message dropped: %s", outcome.value)
@@ -168,6 +168,13 @@ class AttemptObserver:
             prompts=(prompt,) if prompt is not None else (),
             outputs=tuple(c.text for c in output.completions) if self.captures_content else (),
         )
+
+
+def _waiting_since_ns(delivery: Delivery, claim: Claim) -> int | None:
+    """Published, or given back by the attempt before; None after a lost one, whose span lasts until now."""
+    if claim.lost is not None:
+        return None
+    return delivery.enqueued_at_ns if claim.released_at is None else round(claim.released_at * 1e9)
 
 
 def _phases(phases: RequestPhases) -> tuple[spans.Phase, ...]:

@@ -2,8 +2,9 @@
 -- KEYS[1] job hash
 -- ARGV    prefix, id, token, worker, now, lease_expires_at, ttl, failure JSON for used-up attempts,
 --         traceparent of this attempt ('' for none)
--- Returns {'claimed', attempts, request, queued_at, expires_at, traceparent, previous_traceparent, lost_since}
---       | {'missing'} | {'final'} | {'held'}
+-- Returns {'claimed', attempts, request, queued_at, expires_at, traceparent, previous_traceparent, lost_since,
+--          released_at}
+--       | {'missing'} | {'held'} | {'final', attempts, '', state}
 --       | {'cancelled' | 'expired' | 'exhausted', attempts, lost_since}
 -- lost_since is when the attempt before began, if it ended without a word: its lease ran out. Else ''.
 local prefix, id, token, worker, now = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
@@ -13,11 +14,11 @@ local state = field(job, 'state')
 local function claimed()
   return {'claimed', field(job, 'attempts'), field(job, 'request'), field(job, 'queued_at'),
           field(job, 'expires_at'), field(job, 'traceparent'), field(job, 'previous_traceparent'),
-          field(job, 'lost_since')}
+          field(job, 'lost_since'), field(job, 'released_at')}
 end
 
 if state == '' then return {'missing'} end
-if FINAL[state] then return {'final'} end
+if FINAL[state] then return {'final', field(job, 'attempts'), '', state} end
 if state ~= 'queued' then
   if field(job, 'lease_token') == token then return claimed() end
   if tonumber(field(job, 'lease_expires_at')) > tonumber(now) then return {'held'} end

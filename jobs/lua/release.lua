@@ -15,7 +15,7 @@ if failure == '' then
 else
   redis.call('HSET', KEYS[1], 'failure', failure)
 end
-redis.call('HSET', KEYS[1], 'state', 'queued')
+redis.call('HSET', KEYS[1], 'state', 'queued', 'released_at', now)
 redis.call('HDEL', KEYS[1], 'lease_token', 'lease_expires_at', 'worker')
 notify(prefix, KEYS[1], id, 'queued')
 return 'settled'

@@ -303,8 +303,8 @@ async def test_claim_after_a_release_tells_the_span_but_no_loss(stores: Stores) 
     stores.worker.release(id, token, now=NOW + 4)
     _, third = claim_as(stores, id, now=NOW + 5, traceparent=SPANS[2])
 
-    assert (second.previous_traceparent, second.lost) == (SPANS[0], None)
-    assert (third.previous_traceparent, third.lost) == (SPANS[1], None)
+    assert (second.previous_traceparent, second.lost, second.released_at) == (SPANS[0], None, NOW + 2)
+    assert (third.previous_traceparent, third.lost, third.released_at) == (SPANS[1], None, NOW + 4)
 
 
 async def test_claim_that_ends_a_job_tells_of_its_last_attempt(stores: Stores) -> None:
@@ -334,7 +334,7 @@ async def test_cancel_of_a_queued_job_is_final_at_once(stores: Stores) -> None:
 
     assert await state_of(stores, id) is JobState.CANCELLED
     taken = stores.worker.claim(id, new_lease_token(), WORKER, now=NOW + 2, lease_seconds=LEASE)
-    assert taken.outcome is ClaimOutcome.FINAL
+    assert (taken.outcome, taken.ended_as) == (ClaimOutcome.FINAL, JobState.CANCELLED)
 
 
 async def test_cancel_of_a_running_job_reaches_its_worker_and_wins_over_the_result(stores: Stores) -> None:
