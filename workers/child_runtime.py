@@ -29,6 +29,7 @@ from workers.protocol import (
     Ready,
     Start,
     StartFailed,
+    StepTally,
 )
 from workers.runtime import Generation, GenerationTable
 
@@ -48,12 +49,16 @@ class ChildRuntime:
         start_seconds: float,
         stall_seconds: float,
         on_fatal: Callable[[str], None],
+        on_steps: Callable[[StepTally], None] = lambda tally: None,
     ) -> None:
-        """`on_fatal` is called once, from another thread, when the engine cannot be brought back."""
+        """Both are called from other threads: `on_fatal` once, when the engine cannot be brought back;
+        `on_steps` with every tally.
+        """
         self._config = config
         self._start_seconds = start_seconds
         self._stall_seconds = stall_seconds
         self._on_fatal = on_fatal
+        self._on_steps = on_steps
         self._table = GenerationTable()
         self._lock = threading.Lock()  # one sender at a time, and the swap of the connection
         self._child: EngineChild | None = None
@@ -140,6 +145,8 @@ class ChildRuntime:
         assert isinstance(event, Progress)
         if event.stats is not None:
             self._stats = event.stats
+        if event.tally is not None:
+            self._on_steps(event.tally)
         for output in event.finished:
             self._deaths_in_a_row = 0
             self._table.take(output)
@@ -156,6 +163,7 @@ class ChildRuntime:
         code = self._child.close()
         reason = self._kill_reason or "engine_crashed"
         self._kill_reason = None
+        self._stats = None
         message = f"the engine process ended with {describe_exit(code)}"
         logger.error("%s; starting another", message)
         self._table.fail_all(EngineLost(reason, message))

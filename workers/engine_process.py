@@ -29,6 +29,7 @@ from workers.protocol import (
     Refused,
     Start,
     StartFailed,
+    StepTally,
 )
 
 _PR_SET_PDEATHSIG = 1
@@ -41,6 +42,8 @@ class EngineLoop:
         self._engine = engine
         self._connection = connection
         self._refused: list[Refused] = []
+        self._durations: list[float] = []
+        self._num_preempted = 0
         self._last_said = monotonic()
 
     def run(self) -> None:
@@ -83,13 +86,23 @@ class EngineLoop:
                 self._say(())
             return
         output = self._engine.step()
+        self._durations.append(output.stats.duration_seconds)
+        self._num_preempted += output.stats.num_preempted
         if output.finished or self._refused or self._is_due():
             self._say(output.finished, output.stats)
 
     def _say(self, finished: tuple[RequestOutput, ...], stats: StepStats | None = None) -> None:
-        self._connection.send(Progress(finished, tuple(self._refused), stats))
+        self._connection.send(Progress(finished, tuple(self._refused), stats, self._take_tally()))
         self._refused.clear()
         self._last_said = monotonic()
+
+    def _take_tally(self) -> StepTally | None:
+        if not self._durations:
+            return None
+        tally = StepTally(tuple(self._durations), self._num_preempted)
+        self._durations.clear()
+        self._num_preempted = 0
+        return tally
 
     def _is_due(self) -> bool:
         return monotonic() - self._last_said >= BEAT_SECONDS

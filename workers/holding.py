@@ -17,6 +17,7 @@ from jobs.errors import StoreUnavailable
 from jobs.model import JobId, LeaseToken, WorkerId
 from jobs.store import AttemptStore, RenewOutcome
 from workers.errors import AttemptEnded, CancelWished, DeadlinePassed, LeaseLost
+from workers.measure import SILENT, WorkerMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Holding:
         renew_seconds: float,
         is_healthy: Callable[[], bool],
         keep_messages: Callable[[float], None] = lambda now: None,
+        metrics: Callable[[], WorkerMetrics] = lambda: SILENT,
     ) -> None:
         """`keep_messages` is called with the time at each renewal, to renew the messages of the held jobs."""
         self._store = store
@@ -58,6 +60,7 @@ class Holding:
         self._renew_seconds = renew_seconds
         self._is_healthy = is_healthy
         self._keep_messages = keep_messages
+        self._metrics = metrics
         self._lock = threading.Lock()
         self._held: dict[LeaseToken, HeldJob] = {}
         self._is_stopping = threading.Event()
@@ -95,6 +98,7 @@ class Holding:
             now=self._clock.now(),
             lease_seconds=self._lease_seconds,
         )
+        self._metrics().renewed(outcomes.values())
         for id, outcome in outcomes.items():
             match outcome:
                 case RenewOutcome.LOST:
@@ -125,6 +129,7 @@ class Holding:
                 self.renew()
                 since_renewal = 0.0
             except StoreUnavailable as error:
+                self._metrics().not_renewed(len(self))
                 logger.warning("leases were not renewed, trying again: %s", error)
 
     def _hear_cancels(self) -> None:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from engine.config import EngineConfig
 from engine.stats import StepStats
 from workers.child_runtime import hang_up
 from workers.errors import EngineLost, EngineStartError
-from workers.protocol import Abort, Add, EngineRequest, ModelFacts
+from workers.protocol import Abort, Add, EngineRequest, ModelFacts, StepTally
 from workers.runtime import Generation, GenerationTable
 
 
 class InlineRuntime:
     """`workers.runtime.Runtime` for debugging."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(
+        self, config: EngineConfig, *, on_steps: Callable[[StepTally], None] = lambda tally: None
+    ) -> None:
+        """`on_steps` is called from another thread with every tally."""
         self._config = config
+        self._on_steps = on_steps
         self._table = GenerationTable()
         self._lock = threading.Lock()
         self._line: socket.socket | None = None
@@ -75,6 +80,8 @@ class InlineRuntime:
             except (EOFError, OSError):
                 return
             self._stats = event.stats or self._stats
+            if event.tally is not None:
+                self._on_steps(event.tally)
             for output in event.finished:
                 self._table.take(output)
             for refusal in event.refused:

@@ -18,6 +18,7 @@ from jobs.states import JobState
 from jobs.store import Claim, ClaimOutcome, Settlement, SettleOutcome
 from telemetry import spans
 from workers.delivery import Delivery
+from workers.measure import SILENT, WorkerMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class AttemptObserver:
 
     model: str
     captures_content: bool = False
+    metrics: WorkerMetrics = SILENT
 
     @contextmanager
     def claim_told_last(self, delivery: Delivery, received_at_ns: int, claimed_at_ns: int) -> Iterator[None]:
@@ -52,6 +54,7 @@ class AttemptObserver:
             )
 
     def claimed(self, delivery: Delivery, claim: Claim, received_at_ns: int) -> None:
+        self.metrics.claimed(delivery, claim, received_at_ns)
         waited, since_ns = None, _waiting_since_ns(delivery, claim)
         if since_ns is not None:
             waited = (received_at_ns - since_ns) / 1e9
@@ -80,6 +83,7 @@ class AttemptObserver:
 
     def dropped(self, delivery: Delivery, claim: Claim, received_at_ns: int) -> None:
         self._lost(delivery, claim, received_at_ns)
+        self.metrics.dropped(delivery, claim)
         outcome = claim.outcome
         state = claim.ended_as or _DROPPED_AS.get(outcome)
         error = "worker_lost" if outcome is ClaimOutcome.EXHAUSTED else None
@@ -93,6 +97,7 @@ class AttemptObserver:
         params: SamplingParams,
         outputs: tuple[RequestOutput, ...],
     ) -> None:
+        self.metrics.generated(delivery, outputs)
         current = otel_context.get_current()
         for index, output in enumerate(outputs[:MAX_GENERATION_SPANS]):
             text = request.prompts[index].text if self.captures_content else None
@@ -103,6 +108,7 @@ class AttemptObserver:
         return spans.store_result(delivery.id)
 
     def settled(self, delivery: Delivery, settlement: Settlement, outcome: SettleOutcome) -> None:
+        self.metrics.settled(delivery, settlement, outcome)
         state = JobState.CANCELLED if outcome is SettleOutcome.CANCELLED else settlement.state
         error = settlement.failure.reason if state is JobState.FAILED and settlement.failure else None
         spans.mark_outcome(state.value, error_type=error)
@@ -112,10 +118,12 @@ class AttemptObserver:
             logger.warning("result refused: %s", outcome.value)
 
     def given_back(self, delivery: Delivery, failure: Failure) -> None:
+        self.metrics.given_back(delivery, failure)
         spans.mark_outcome(JobState.QUEUED.value, error_type=failure.reason)
         logger.warning("job given back: %s", failure.message)
 
     def lease_lost(self, delivery: Delivery) -> None:
+        self.metrics.lease_lost(delivery)
         spans.mark_outcome("lease_lost", error_type="lease_lost")
         logger.warning("lease lost; the result is dropped")
 

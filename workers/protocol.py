@@ -76,6 +76,14 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
+class StepTally:
+    """The steps since the Progress before, for the metrics."""
+
+    durations_seconds: tuple[float, ...]
+    num_preempted: int
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """Sent after a step in which a request finished, and at least every BEAT_SECONDS."""
 
@@ -83,6 +91,8 @@ class Progress:
     refused: tuple[Refused, ...] = ()
     stats: StepStats | None = None
     """Of the last step; None while there is nothing to do."""
+    tally: StepTally | None = None
+    """None where no step was made."""
 
 
 Command = Start | Add | Abort

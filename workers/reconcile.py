@@ -13,6 +13,7 @@ from jobs.queue import Publisher
 from telemetry.celery import publishing_again
 from telemetry.log import logged_job
 from telemetry.spans import extract
+from workers.measure import SILENT, WorkerMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +23,16 @@ SHORT_TIMES = 3
 
 
 class Reconciler:
-    def __init__(self, ledger: Ledger, publisher: Publisher, clock: Clock, worker: WorkerId) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        publisher: Publisher,
+        clock: Clock,
+        worker: WorkerId,
+        metrics: WorkerMetrics = SILENT,
+    ) -> None:
         self._ledger = ledger
+        self._metrics = metrics
         self._publisher = publisher
         self._clock = clock
         self._worker = worker
@@ -59,6 +68,7 @@ class Reconciler:
         with logged_job(job.id), publishing_again(extract({"traceparent": job.traceparent})):
             logger.warning("the broker had lost this job; published again")
             self._publisher.publish(job.id, job.queue, enqueued_at_ns=int(self._clock.now() * 1e9))
+        self._metrics.republished(job.queue)
 
     def _run(self) -> None:
         while not self._is_stopping.wait(TICK_SECONDS):

@@ -28,12 +28,15 @@ from jobs.redis_store import RedisAttemptStore
 from jobs.registry import BEAT_SECONDS, ModelCard, queue_name
 from jobs.settings import JobsSettings
 from telemetry.celery import instrument_celery
+from telemetry.meter import Metrics, build_metrics
+from telemetry.metrics_port import MetricsPort, open_port
 from telemetry.setup import Telemetry, configure
 from workers.attempt import AttemptRunner, Verdict
 from workers.child_runtime import ChildRuntime
 from workers.delivery import Delivery
 from workers.holding import Holding
 from workers.inline_runtime import InlineRuntime
+from workers.measure import SILENT, WorkerMetrics
 from workers.message_lease import HeldMessages
 from workers.observe import AttemptObserver
 from workers.protocol import ModelFacts
@@ -59,6 +62,7 @@ class WorkerService:
         self._ledger = Ledger(self._client, jobs_settings)
         self._messages = HeldMessages()
         self._messages.install(app)
+        self._metrics = SILENT  # until start() has read the telemetry's settings
         self._runtime = self._create_runtime()
         self._is_stopping = threading.Event()
         self._holding = Holding(
@@ -69,9 +73,12 @@ class WorkerService:
             renew_seconds=jobs_settings.renew_seconds,
             is_healthy=self._runtime.is_healthy,
             keep_messages=lambda now: self._ledger.keep_messages(self._messages.tags(), now=now),
+            metrics=lambda: self._metrics,
         )
         self._reconciler: Reconciler | None = None
         self._telemetry: Telemetry | None = None
+        self._meter: Metrics | None = None
+        self._metrics_port: MetricsPort | None = None
         self._runner: AttemptRunner | None = None
 
     @property
@@ -86,10 +93,13 @@ class WorkerService:
         """
         self._telemetry = configure(SERVICE_NAME)
         instrument_celery(uses_links_only=self._telemetry.settings.uses_links_only)
+        self._start_metrics(self._telemetry)
         facts = self._runtime.start()
         self._runner = self._create_runner(self._telemetry)
         self._holding.start()
-        self._reconciler = Reconciler(self._ledger, CeleryPublisher(self._app), self._clock, self.worker)
+        self._reconciler = Reconciler(
+            self._ledger, CeleryPublisher(self._app), self._clock, self.worker, self._metrics
+        )
         self._reconciler.start()
         self._announce(facts)
 
@@ -109,6 +119,18 @@ class WorkerService:
         self._runtime.stop()
         if self._telemetry is not None:
             self._telemetry.shutdown()
+        if self._metrics_port is not None:
+            self._metrics_port.close()
+        if self._meter is not None:
+            self._meter.shutdown()
+
+    def _start_metrics(self, telemetry: Telemetry) -> None:
+        settings = self._settings
+        self._meter = build_metrics(SERVICE_NAME, telemetry.settings, os.environ)
+        self._metrics = WorkerMetrics(self._meter.meter, settings.names[0])
+        self._metrics.watch_engine(self._runtime.last_stats)
+        if settings.metrics_port:
+            self._metrics_port = open_port(self._meter, settings.metrics_host, settings.metrics_port)
 
     def _create_runtime(self) -> Runtime:
         settings = self._settings
@@ -123,12 +145,13 @@ class WorkerService:
             num_threads=settings.engine_threads,
         )
         if settings.engine == "inline":
-            return InlineRuntime(config)
+            return InlineRuntime(config, on_steps=lambda tally: self._metrics.stepped(tally))
         return ChildRuntime(
             config,
             start_seconds=settings.engine_start_seconds,
             stall_seconds=settings.engine_stall_seconds,
             on_fatal=self._give_up,
+            on_steps=lambda tally: self._metrics.stepped(tally),
         )
 
     def _create_runner(self, telemetry: Telemetry) -> AttemptRunner:
@@ -136,7 +159,9 @@ class WorkerService:
             store=self._store,
             runtime=self._runtime,
             holding=self._holding,
-            observer=AttemptObserver(self._settings.names[0], telemetry.settings.captures_content),
+            observer=AttemptObserver(
+                self._settings.names[0], telemetry.settings.captures_content, self._metrics
+            ),
             clock=self._clock,
             worker=self.worker,
             lease_seconds=self._jobs_settings.lease_seconds,

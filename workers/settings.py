@@ -40,6 +40,10 @@ class WorkerSettings(BaseSettings):
     """An engine with work that says nothing for so long is killed and its jobs are handed back."""
     shutdown_grace_seconds: float = Field(default=25.0, ge=0)
     """After SIGTERM the worker finishes what it holds for so long, then hands the rest back."""
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+    """Where Prometheus finds `/metrics`; 0 is nowhere."""
+    metrics_host: str = "127.0.0.1"
+    """The address of that port: 0.0.0.0 where Prometheus runs elsewhere."""
 
     @model_validator(mode="before")
     @classmethod

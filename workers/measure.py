@@ -1,0 +1,171 @@
+"""What a worker counts: facts of attempts, leases and the engine's steps as metrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+from opentelemetry.metrics import Meter, NoOpMeter, Observation
+
+from engine.outputs import RequestOutput
+from engine.stats import StepStats
+from jobs.model import PRIORITIES, Failure
+from jobs.states import JobState
+from jobs.store import Claim, RenewOutcome, Settlement, SettleOutcome
+from telemetry import metrics, names
+from workers.delivery import Delivery
+from workers.protocol import StepTally
+
+Attributes = Mapping[str, str]
+
+
+class WorkerMetrics:
+    """Safe from any thread; recording neither blocks nor raises."""
+
+    def __init__(self, meter: Meter, model: str) -> None:
+        self._meter = meter
+        self._model = {metrics.MODEL: model}
+        self._generation = {
+            names.GEN_AI_OPERATION_NAME: names.OPERATION_TEXT_COMPLETION,
+            names.GEN_AI_PROVIDER_NAME: names.PROVIDER,
+            metrics.MODEL: model,
+        }
+        self._request_duration = metrics.histogram(meter, metrics.REQUEST_DURATION)
+        self._time_to_first_token = metrics.histogram(meter, metrics.TIME_TO_FIRST_TOKEN)
+        self._time_per_output_token = metrics.histogram(meter, metrics.TIME_PER_OUTPUT_TOKEN)
+        self._input_tokens = metrics.counter(meter, metrics.INPUT_TOKENS)
+        self._output_tokens = metrics.counter(meter, metrics.OUTPUT_TOKENS)
+        self._cached_tokens = metrics.counter(meter, metrics.CACHED_TOKENS)
+        self._queue_wait = metrics.histogram(meter, metrics.QUEUE_WAIT)
+        self._attempts = metrics.counter(meter, metrics.ATTEMPTS)
+        self._renewals = metrics.counter(meter, metrics.LEASE_RENEWALS)
+        self._republished = metrics.counter(meter, metrics.JOBS_REPUBLISHED)
+        self._step_duration = metrics.histogram(meter, metrics.STEP_DURATION)
+        self._preemptions = metrics.counter(meter, metrics.PREEMPTIONS)
+
+    def claimed(self, delivery: Delivery, claim: Claim, received_at_ns: int) -> None:
+        self._count_lost(delivery, claim)
+        if delivery.enqueued_at_ns is not None:
+            waited = max(0.0, (received_at_ns - delivery.enqueued_at_ns) / 1e9)
+            self._queue_wait.record(waited, queue_attributes(delivery.queue))
+
+    def dropped(self, delivery: Delivery, claim: Claim) -> None:
+        self._count_lost(delivery, claim)
+        self._count_attempt(delivery, claim.outcome.value)
+
+    def generated(self, delivery: Delivery, outputs: tuple[RequestOutput, ...]) -> None:
+        """Once for each prompt, whatever becomes of its result: the tokens were made."""
+        for output in outputs:
+            self._count_tokens(output)
+            self._record_times(delivery, output)
+
+    def settled(self, delivery: Delivery, settlement: Settlement, outcome: SettleOutcome) -> None:
+        if outcome not in (SettleOutcome.SETTLED, SettleOutcome.CANCELLED):
+            self._count_attempt(delivery, "refused", outcome.value)
+            return
+        state = JobState.CANCELLED if outcome is SettleOutcome.CANCELLED else settlement.state
+        reason = settlement.failure.reason if state is JobState.FAILED and settlement.failure else None
+        self._count_attempt(delivery, state.value, reason)
+        if settlement.timings is None and state in (JobState.FAILED, JobState.EXPIRED):
+            attributes = self._served(delivery) | {names.ERROR_TYPE: reason or state.value}
+            self._request_duration.record(_since_publishing(delivery, time.monotonic()), attributes)
+
+    def given_back(self, delivery: Delivery, failure: Failure) -> None:
+        self._count_attempt(delivery, "given_back", failure.reason)
+
+    def lease_lost(self, delivery: Delivery) -> None:
+        self._count_attempt(delivery, "lease_lost", "lease_lost")
+
+    def renewed(self, outcomes: Iterable[RenewOutcome]) -> None:
+        for outcome in outcomes:
+            self._renewals.add(1, self._model | {metrics.OUTCOME: outcome.value})
+
+    def not_renewed(self, num_held: int) -> None:
+        self._renewals.add(num_held, self._model | {metrics.OUTCOME: "unavailable"})
+
+    def republished(self, queue: str) -> None:
+        self._republished.add(1, queue_attributes(queue))
+
+    def stepped(self, tally: StepTally) -> None:
+        for seconds in tally.durations_seconds:
+            self._step_duration.record(seconds, self._model)
+        self._preemptions.add(tally.num_preempted, self._model)
+
+    def watch_engine(self, last_stats: Callable[[], StepStats | None]) -> None:
+        """Show the state after the step told of last; nothing before the first."""
+        shown: dict[str, Callable[[StepStats], int]] = {
+            metrics.REQUESTS_RUNNING: lambda stats: stats.num_running,
+            metrics.REQUESTS_WAITING: lambda stats: stats.num_waiting,
+            metrics.BLOCKS_USED: lambda stats: stats.num_blocks_used,
+            metrics.BLOCKS_TOTAL: lambda stats: stats.num_blocks_total,
+        }
+        for name, value in shown.items():
+            metrics.watch(self._meter, name, self._reading(last_stats, value))
+
+    def _reading(
+        self, last_stats: Callable[[], StepStats | None], value: Callable[[StepStats], int]
+    ) -> metrics.Read:
+        def read() -> Iterable[Observation]:
+            stats = last_stats()
+            return () if stats is None else (Observation(value(stats), self._model),)
+
+        return read
+
+    def _count_tokens(self, output: RequestOutput) -> None:
+        attributes = self._generation | {metrics.MODALITY: "text"}
+        self._input_tokens.add(output.usage.prompt_tokens, attributes)
+        self._output_tokens.add(output.usage.completion_tokens, attributes)
+        self._cached_tokens.add(output.usage.cached_tokens, attributes)
+
+    def _record_times(self, delivery: Delivery, output: RequestOutput) -> None:
+        served, phases = self._served(delivery), output.phases
+        duration = _since_publishing(delivery, phases.finished_at, phases.arrived_at)
+        if output.error is not None:
+            self._request_duration.record(duration, served | {names.ERROR_TYPE: "generation_failed"})
+            return
+        self._request_duration.record(duration, served)
+        if phases.first_token_at is None:
+            return
+        first = _since_publishing(delivery, phases.first_token_at, phases.arrived_at)
+        self._time_to_first_token.record(first, served)
+        # The sequences of one request decode side by side: the longest one sets the pace.
+        num_later_tokens = max(len(completion.token_ids) for completion in output.completions) - 1
+        if num_later_tokens > 0:
+            seconds = phases.finished_at - phases.first_token_at
+            self._time_per_output_token.record(seconds / num_later_tokens, served)
+
+    def _served(self, delivery: Delivery) -> dict[str, str]:
+        return self._generation | {metrics.PRIORITY: _priority(delivery.queue)}
+
+    def _count_lost(self, delivery: Delivery, claim: Claim) -> None:
+        """The attempt before, whose worker can count nothing any more."""
+        if claim.lost is not None:
+            self._count_attempt(delivery, "lost", "worker_lost")
+
+    def _count_attempt(self, delivery: Delivery, outcome: str, error_type: str | None = None) -> None:
+        attributes = queue_attributes(delivery.queue) | {metrics.OUTCOME: outcome}
+        if error_type is not None:
+            attributes[names.ERROR_TYPE] = error_type
+        self._attempts.add(1, attributes)
+
+
+SILENT = WorkerMetrics(NoOpMeter(metrics.METER), "")
+"""Counts nothing; for parts that are tried by themselves."""
+
+
+def queue_attributes(queue: str) -> dict[str, str]:
+    """Model and priority, from a queue's name (`jobs.registry.queue_name`)."""
+    return {metrics.MODEL: queue.rpartition(".")[0], metrics.PRIORITY: _priority(queue)}
+
+
+def _priority(queue: str) -> str:
+    priority = queue.rpartition(".")[2]
+    return priority if priority in PRIORITIES else "other"
+
+
+def _since_publishing(delivery: Delivery, until: float, arrived_at: float | None = None) -> float:
+    """Seconds to a stamp of the monotonic clock; from the arrival where the message tells no time."""
+    if delivery.enqueued_at_ns is None:
+        return 0.0 if arrived_at is None else until - arrived_at
+    seconds_ago = time.monotonic() - until
+    return max(0.0, (time.time_ns() - delivery.enqueued_at_ns) / 1e9 - seconds_ago)
