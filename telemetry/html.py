@@ -159,7 +159,7 @@ def _waterfall(rows: Sequence[_Row], page: _Page) -> str:
 def _row(row: _Row, page: _Page) -> str:
     span = row.span
     classes = page.colours[span.service] + (" failed" if span.status == "ERROR" else "")
-    name = f'<span class="name"><b>{escape(span.name)}</b>{_badges(span)}</span>'
+    name = f'<span class="name"><b>{escape(span.name)}</b><span>{_badges(span)}</span></span>'
     length = f'<span class="length">{format_duration(span.end_ns - span.start_ns)}</span>'
     style = f"--depth:{min(row.depth, 20)}"
     return (

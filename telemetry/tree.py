@@ -87,7 +87,7 @@ def render(trace: TraceTree) -> Tree:
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """All spans of one name together; `share` is of the longest root, and above 1 where spans overlap."""
+    """All spans of one name together; `share` is of the trace's length, and above 1 where spans overlap."""
 
     name: str
     count: int
@@ -97,12 +97,12 @@ class Total:
 
 def totals(trace: TraceTree) -> list[Total]:
     """Name by name, in the order of appearance."""
-    whole_ns = max((node.span.end_ns - node.span.start_ns for node in trace.roots), default=0)
+    whole_ns = max((span.end_ns for span in _walk(trace.roots)), default=0) - trace.start_ns
     lengths: dict[str, list[int]] = {}
     for span in _walk(trace.roots):
         lengths.setdefault(span.name, []).append(span.end_ns - span.start_ns)
     return [
-        Total(name, len(parts), sum(parts), sum(parts) / whole_ns if whole_ns else 0.0)
+        Total(name, len(parts), sum(parts), sum(parts) / whole_ns if whole_ns > 0 else 0.0)
         for name, parts in lengths.items()
     ]
 

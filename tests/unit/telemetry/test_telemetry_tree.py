@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from telemetry.record import LinkRecord, SpanRecord
-from telemetry.tree import Node, render, summarize, tree
+from telemetry.tree import Node, render, summarize, totals, tree
 
 MS = 1_000_000
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -120,6 +120,14 @@ def test_summary_adds_up_spans_of_one_name() -> None:
     line = next(line for line in text_of(summarize(tree(renamed))).splitlines() if "step" in line)
 
     assert line.split() == ["step", "2", "20.0", "ms", "20%"]
+
+
+def test_share_is_of_the_whole_trace_when_the_request_ends_before_its_job() -> None:
+    shares = {
+        total.name: total.share for total in totals(tree([span("post", 0, 10), span("job", 5, 100, "post")]))
+    }
+
+    assert shares == {"post": 0.1, "job": 0.95}
 
 
 def _fields(item: SpanRecord) -> dict[str, object]:
