@@ -14,7 +14,7 @@ import click
 from cli.errors import CliError
 from cli.options import examples
 
-_COMMANDS = ("demo", "up", "api", "worker", "submit", "doctor", "flower")
+_COMMANDS = ("demo", "up", "api", "worker", "submit", "trace", "doctor", "flower")
 
 
 class _Commands(click.Group):
@@ -39,6 +39,7 @@ class _Commands(click.Group):
         "throughline up                            serve the built-in model on 127.0.0.1:8000",
         "throughline up --model ./opt-125m         serve a Hugging Face folder",
         'throughline submit "San Francisco is a"   send a job to it and wait',
+        "throughline trace JOB_ID                  where its time went (after: up --trace-viewer)",
         "throughline doctor                        what is here, what is missing",
     ),
 )

@@ -50,6 +50,11 @@ class JobView:
         return str(self.raw.get("trace_id") or "")
 
     @property
+    def num_attempts(self) -> int:
+        """How often a worker has begun it."""
+        return int(self.raw.get("attempts") or 0)
+
+    @property
     def texts(self) -> tuple[str, ...]:
         """The completions, in the order of their index; empty until the job is completed."""
         result = self.raw.get("result") or {}

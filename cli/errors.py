@@ -6,6 +6,8 @@ CliError                    a message for the person at the terminal; exit code 
 ├── RedisStartError         the server we started never became ready
 ├── PortInUseError          the API's port belongs to somebody else
 ├── StateFolderError        the state folder is in use, or cannot be used
+├── TraceViewerError        the trace viewer cannot listen, or cannot be read
+├── TraceNotFoundError      there is a viewer, but it holds no span of what was asked for
 ├── StackError              the stack could not be started or kept up
 ├── ApiError                the API refused, or answered something else than its contract
 │   └── ApiUnreachableError nothing listens at the URL
@@ -37,6 +39,14 @@ class PortInUseError(CliError):
 
 class StateFolderError(CliError):
     """Another stack holds the state folder, or it cannot be made private to this user."""
+
+
+class TraceViewerError(CliError):
+    """The trace viewer could not be started, is not running, or answers something else than its contract."""
+
+
+class TraceNotFoundError(CliError):
+    """The viewer holds no span of the job or trace."""
 
 
 class StackError(CliError):

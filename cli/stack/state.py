@@ -3,6 +3,7 @@
 .throughline/             0700
   up.lock                 held by flock while a stack runs; says which one
   redis/                  the embedded server's append-only file
+  trace_viewer.json       where spans are read and sent, while a viewer listens
   redis.sock              its socket, unless the path is too long for one
 """
 
@@ -22,6 +23,8 @@ from typing import TextIO
 from cli.errors import StateFolderError
 from cli.stack import redis_server
 
+VIEWER_FILE = "trace_viewer.json"
+
 
 @dataclass(frozen=True, slots=True)
 class StateFolder:
@@ -30,6 +33,7 @@ class StateFolder:
     path: Path
     redis_data: Path
     redis_socket: Path
+    trace_viewer: Path
 
 
 @contextmanager
@@ -49,7 +53,9 @@ def hold(path: Path, *, url: str) -> Iterator[StateFolder]:
     _make_private(data)
     with _lock(path / "up.lock") as lock:
         _write(lock, {"pid": os.getpid(), "url": url})
-        yield StateFolder(path, data, _socket_path(path))
+        viewer = path / VIEWER_FILE
+        viewer.unlink(missing_ok=True)  # left by a stack that was killed: this one holds the lock
+        yield StateFolder(path, data, _socket_path(path), viewer)
 
 
 def _make_private(path: Path) -> None:
