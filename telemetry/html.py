@@ -276,7 +276,8 @@ def _totals(trace: TraceTree) -> str:
         return ""
     heads = "".join(f'<th scope="col">{head}</th>' for head in ("span", "count", "total", "share"))
     return (
-        f'<h2>By name</h2><table class="totals"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+        f'<h2>By name</h2><div class="wide"><table class="totals"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
     )
 
 
