@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from api.bodies import invalid_request
 from api.errors import ApiError, error_body, error_response
+from api.measure import SILENT, ApiMetrics
 from api.middleware import BodyLimit, RequestContext
 from api.routes import completions, health, jobs, models
 from api.services import Connect, redis_backends, run_services
@@ -25,10 +26,12 @@ from telemetry import setup
 from telemetry.celery import instrument_celery
 from telemetry.http import instrument_api
 from telemetry.log import LogFormat, configure_logging
+from telemetry.meter import CONTENT_TYPE, Metrics, build_metrics
 
 SERVICE_NAME = "throughline-api"
-TELEMETRY_SECONDS = 3.0
-"""What a stop may spend on sending the last spans."""
+TELEMETRY_SECONDS = 2.0
+METRICS_SECONDS = 0.9
+"""What a stop may spend on sending the last spans and the last metrics: under 3 s together."""
 
 
 def create_app() -> FastAPI:
@@ -41,26 +44,36 @@ def create_app() -> FastAPI:
     configure_logging(SERVICE_NAME, LogFormat.from_environment(os.environ))
     telemetry = setup.configure(SERVICE_NAME)
     instrument_celery()
-    return build_app(
-        settings, redis_backends(jobs_settings), at_end=lambda: telemetry.shutdown(TELEMETRY_SECONDS)
-    )
+    metrics = build_metrics(SERVICE_NAME, telemetry.settings, os.environ)
+
+    def flush() -> None:
+        telemetry.shutdown(TELEMETRY_SECONDS)
+        metrics.shutdown(METRICS_SECONDS)
+
+    return build_app(settings, redis_backends(jobs_settings), metrics=metrics, at_end=flush)
 
 
 def build_app(
-    settings: ApiSettings, connect: Connect, *, at_end: Callable[[], None] | None = None
+    settings: ApiSettings,
+    connect: Connect,
+    *,
+    metrics: Metrics | None = None,
+    at_end: Callable[[], None] | None = None,
 ) -> FastAPI:
     """The app over any backends.
 
     Args:
         settings: limits.
         connect: opens the backends when the app starts and closes them when it ends.
+        metrics: shown at `/metrics`; without it there is no such route.
         at_end: called in a thread once everything else has stopped.
     """
+    counted = SILENT if metrics is None else ApiMetrics(metrics.meter)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:
-            async with run_services(settings, connect) as services:
+            async with run_services(settings, connect, counted) as services:
                 app.state.services = services
                 yield
         finally:
@@ -76,12 +89,21 @@ def build_app(
     )
     for module in (jobs, completions, models, health):
         app.include_router(module.router)
+    if metrics is not None:
+        _show_metrics(app, metrics)
     _handle_errors(app)
     # Added last is outermost.
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext)
     instrument_api(app)
     return app
+
+
+def _show_metrics(app: FastAPI, metrics: Metrics) -> None:
+    @app.get("/metrics", include_in_schema=False)
+    def show() -> Response:
+        """In a thread: what is collected is text to be made, not to be waited for."""
+        return Response(metrics.render(), media_type=CONTENT_TYPE)
 
 
 def _handle_errors(app: FastAPI) -> None:

@@ -13,10 +13,12 @@ from fastapi import Depends, Request
 
 from api.catalog import Catalog
 from api.intake import Intake, IntakeLimits
+from api.measure import SILENT, ApiMetrics, QueueWatch
 from api.prompts import Prompts
 from api.settings import ApiSettings
 from api.submission import Submission, SubmissionLimits
 from api.waiting import READ_SECONDS, ReplyReader
+from jobs.backlog import BacklogReader, RedisBacklog
 from jobs.clock import Clock, SystemClock
 from jobs.errors import StoreUnavailable
 from jobs.model import ReplicaId
@@ -41,6 +43,8 @@ class Backends:
     directory: ModelDirectory
     publisher: Publisher
     clock: Clock
+    backlog: BacklogReader | None = None
+    """For the queues' gauges; without it there are none."""
 
 
 Connect = Callable[[], AbstractAsyncContextManager[Backends]]
@@ -84,6 +88,7 @@ def redis_backends(settings: JobsSettings) -> Connect:
                 directory=RedisModelDirectory(client, settings),
                 publisher=publisher,
                 clock=SystemClock(),
+                backlog=RedisBacklog(client, settings),
             )
         finally:
             await reading.aclose()
@@ -93,23 +98,30 @@ def redis_backends(settings: JobsSettings) -> Connect:
 
 
 @asynccontextmanager
-async def run_services(settings: ApiSettings, connect: Connect) -> AsyncIterator[Services]:
+async def run_services(
+    settings: ApiSettings, connect: Connect, metrics: ApiMetrics = SILENT
+) -> AsyncIterator[Services]:
     """Services whose reply reader runs; at the end nothing of them is left, here or in the store."""
     async with connect() as backends:
-        services = _build(settings, backends)
-        reader = asyncio.get_running_loop().create_task(services.replies.run(), name="reply-reader")
+        services = _build(settings, backends, metrics)
+        tasks = {asyncio.create_task(services.replies.run(), name="reply-reader")}
+        if backends.backlog is not None and metrics is not SILENT:
+            watch = QueueWatch(backends.backlog, services.catalog, backends.clock)
+            watch.show(metrics.meter)
+            tasks.add(asyncio.create_task(watch.run(), name="queue-watch"))
         try:
             yield services
         finally:
             await services.submission.close()
-            reader.cancel()
-            await asyncio.wait({reader})
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
             with suppress(StoreUnavailable, TimeoutError):
                 async with asyncio.timeout(FORGET_SECONDS):
                     await services.store.forget_replica(services.replies.replica)
 
 
-def _build(settings: ApiSettings, backends: Backends) -> Services:
+def _build(settings: ApiSettings, backends: Backends, metrics: ApiMetrics) -> Services:
     catalog = Catalog(backends.directory, backends.clock, expected=settings.served_model_names)
     intake_limits = IntakeLimits(
         max_prompts=settings.max_prompts,
@@ -128,6 +140,6 @@ def _build(settings: ApiSettings, backends: Backends) -> Services:
         store=backends.store,
         catalog=catalog,
         intake=Intake(catalog, Prompts(backends.directory), backends.clock, intake_limits),
-        submission=Submission(backends.store, backends.publisher, backends.clock, submission_limits),
+        submission=Submission(backends.store, backends.publisher, backends.clock, submission_limits, metrics),
         replies=ReplyReader(backends.store, ReplicaId(f"api-{uuid4().hex}"), stream=backends.reply_stream),
     )

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
+from api.measure import SILENT, ApiMetrics
 from jobs.clock import Clock
 from jobs.errors import JobsError, StoreUnavailable
 from jobs.model import JobId, NewJob
@@ -51,12 +52,18 @@ class Submission:
     """Puts jobs into the store and the broker, and takes them back."""
 
     def __init__(
-        self, store: SubmissionStore, publisher: Publisher, clock: Clock, limits: SubmissionLimits
+        self,
+        store: SubmissionStore,
+        publisher: Publisher,
+        clock: Clock,
+        limits: SubmissionLimits,
+        metrics: ApiMetrics = SILENT,
     ) -> None:
         self._store = store
         self._publisher = publisher
         self._clock = clock
         self._limits = limits
+        self._metrics = metrics
         self._threads = ThreadPoolExecutor(limits.publish_threads, thread_name_prefix="publish")
         self._cleanups: set[asyncio.Task[None]] = set()
 
@@ -68,6 +75,15 @@ class Submission:
             QueueFull: too many open jobs in its queue.
             IdempotencyMismatch: the key was used before with another body.
         """
+        try:
+            accepted = await self._submit(job)
+        except JobsError as error:
+            self._metrics.refused(job, error.reason)
+            raise
+        self._metrics.accepted(job, replayed=accepted.replayed)
+        return accepted
+
+    async def _submit(self, job: NewJob) -> Accepted:
         with store_job(job.id):
             created = await self._store.create(job, max_open=self._limits.max_open_jobs)
         if created.replayed:

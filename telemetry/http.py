@@ -13,11 +13,13 @@ from opentelemetry.trace import format_trace_id
 from telemetry.setup import prefer_stable_http_attributes
 from telemetry.spans import traceparent
 
-_HEALTH = r"^https?://[^/]+/health(/|\?|$)"
+_WATCHED = r"^https?://[^/]+/(health|metrics)(/|\?|$)"
 
 
 def instrument_api(app: FastAPI) -> None:
-    """Every request of `app` has exactly one SERVER span and no send or receive children; `/health` has none.
+    """Every request of `app` has exactly one SERVER span and no send or receive children.
+
+    `/health` and `/metrics` have none.
 
     Call it after `configure` and before the first request. The app must have been built with FastAPI's own
     telemetry off: `FastAPI(telemetry={"tracing": False, "metrics": False, "logs": False})`. Under
@@ -47,7 +49,7 @@ def _excluded_urls() -> str:
     """Ours beside the user's, which the instrumentation would forget once it is given any."""
     general = os.environ.get("OTEL_PYTHON_EXCLUDED_URLS", "")
     users = os.environ.get("OTEL_PYTHON_FASTAPI_EXCLUDED_URLS", general)
-    return f"{_HEALTH},{users}" if users else _HEALTH
+    return f"{_WATCHED},{users}" if users else _WATCHED
 
 
 def _reread_attribute_choice() -> None:
