@@ -6,6 +6,7 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from time import monotonic
 
 import pytest
@@ -149,3 +150,25 @@ def test_shutdown_ends_in_its_time_when_the_collector_is_gone() -> None:
         pushed.shutdown(0.3)
 
         assert monotonic() - before < 2
+
+
+def test_page_lists_the_metrics_that_the_code_names() -> None:
+    page = Path(metrics.__file__).with_name("METRICS.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if line.startswith("| `")]
+    told = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines]
+
+    def keys(listed: tuple[str, ...]) -> str:
+        return ", ".join(f"`{key}`" for key in listed) or "-"
+
+    assert told == [
+        (
+            f"`{shape.name}`",
+            shape.kind,
+            f"`{shape.unit}`",
+            shape.made_by,
+            keys(shape.required),
+            keys(shape.optional),
+            shape.description,
+        )
+        for shape in metrics.METRICS
+    ]
