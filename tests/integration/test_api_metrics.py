@@ -40,7 +40,9 @@ class Server:
     def scrape(self) -> Samples:
         before = monotonic()
         reply = httpx.get(f"{self.url}/metrics", timeout=5)
-        assert monotonic() - before < 1
+        assert (
+            monotonic() - before < 3
+        )  # the store's own time limit is 5 s: a scrape that waited for it would show
         assert reply.status_code == 200
         assert reply.headers["content-type"].startswith("text/plain")
         return {
