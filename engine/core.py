@@ -354,7 +354,7 @@ def _describe(loaded: LoadedModel, config: EngineConfig, shape: KVCacheShape) ->
         architecture=loaded.config.architecture,
         vocab_size=loaded.config.vocab_size,
         max_model_len=max_model_len,
-        eos_token_ids=loaded.config.eos_token_ids,
+        eos_token_ids=loaded.generation_config.eos_token_ids,
         dtype=config.dtype,
         device=config.device,
         num_parameters=count_parameters(loaded.model),
