@@ -20,7 +20,7 @@ from jobs.record import (
     to_refusal,
     worker_lost_failure,
 )
-from jobs.redis_connection import connect, connect_async, store_errors
+from jobs.redis_connection import store_errors
 from jobs.settings import JobsSettings
 from jobs.states import JobState
 from jobs.store import (
@@ -48,10 +48,6 @@ class RedisSubmissionStore:
         self._discard = client.register_script(scripts.source("discard"))
         self._cancel = client.register_script(scripts.source("cancel"))
         self._watch = client.register_script(scripts.source("watch"))
-
-    @classmethod
-    def from_settings(cls, settings: JobsSettings) -> RedisSubmissionStore:
-        return cls(connect_async(settings), settings)
 
     async def create(self, job: NewJob, *, max_open: int) -> Created:
         keys, job_key = self._keys, self._keys.job(job.id)
@@ -133,10 +129,6 @@ class RedisAttemptStore:
         self._renew = client.register_script(scripts.source("renew"))
         self._settle = client.register_script(scripts.source("settle"))
         self._release = client.register_script(scripts.source("release"))
-
-    @classmethod
-    def from_settings(cls, settings: JobsSettings) -> RedisAttemptStore:
-        return cls(connect(settings), settings)
 
     def claim(
         self,
