@@ -13,6 +13,7 @@ import secrets
 import signal
 import socket
 import threading
+from collections.abc import Callable
 
 from celery import Celery
 
@@ -39,7 +40,7 @@ from workers.inline_runtime import InlineRuntime
 from workers.measure import SILENT, WorkerMetrics
 from workers.message_lease import HeldMessages
 from workers.observe import AttemptObserver
-from workers.protocol import ModelFacts
+from workers.protocol import ModelFacts, StepTally
 from workers.reconcile import Reconciler
 from workers.runtime import Runtime
 from workers.settings import WorkerSettings
@@ -49,8 +50,43 @@ logger = logging.getLogger(__name__)
 SERVICE_NAME = "throughline-worker"
 
 
+CreateRuntime = Callable[[WorkerSettings, Callable[[str], None], Callable[[StepTally], None]], Runtime]
+"""From the settings, what to call when the engine is gone for good, and what to call with its tallies."""
+
+
+def engine_runtime(
+    settings: WorkerSettings, on_fatal: Callable[[str], None], on_steps: Callable[[StepTally], None]
+) -> Runtime:
+    """The engine that the settings describe, not yet started."""
+    config = EngineConfig(
+        model=settings.model_source,
+        dtype=settings.dtype,
+        device=settings.device,
+        max_model_len=settings.max_model_len,
+        max_num_sequences=settings.max_num_sequences,
+        max_num_batched_tokens=max(settings.max_num_batched_tokens, settings.max_num_sequences),
+        kv_cache_bytes=settings.kv_cache_bytes,
+        num_threads=settings.engine_threads,
+    )
+    if settings.engine == "inline":
+        return InlineRuntime(config, on_steps=on_steps)
+    return ChildRuntime(
+        config,
+        start_seconds=settings.engine_start_seconds,
+        stall_seconds=settings.engine_stall_seconds,
+        on_fatal=on_fatal,
+        on_steps=on_steps,
+    )
+
+
 class WorkerService:
-    def __init__(self, settings: WorkerSettings, jobs_settings: JobsSettings, app: Celery) -> None:
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        jobs_settings: JobsSettings,
+        app: Celery,
+        create_runtime: CreateRuntime = engine_runtime,
+    ) -> None:
         self.worker = WorkerId(f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(3)}")
         self._settings = settings
         self._jobs_settings = jobs_settings
@@ -63,7 +99,7 @@ class WorkerService:
         self._messages = HeldMessages()
         self._messages.install(app)
         self._metrics = SILENT  # until start() has read the telemetry's settings
-        self._runtime = self._create_runtime()
+        self._runtime = create_runtime(settings, self._give_up, lambda tally: self._metrics.stepped(tally))
         self._is_stopping = threading.Event()
         self._holding = Holding(
             self._store,
@@ -131,28 +167,6 @@ class WorkerService:
         self._metrics.watch_engine(self._runtime.last_stats)
         if settings.metrics_port:
             self._metrics_port = open_port(self._meter, settings.metrics_host, settings.metrics_port)
-
-    def _create_runtime(self) -> Runtime:
-        settings = self._settings
-        config = EngineConfig(
-            model=settings.model_source,
-            dtype=settings.dtype,
-            device=settings.device,
-            max_model_len=settings.max_model_len,
-            max_num_sequences=settings.max_num_sequences,
-            max_num_batched_tokens=max(settings.max_num_batched_tokens, settings.max_num_sequences),
-            kv_cache_bytes=settings.kv_cache_bytes,
-            num_threads=settings.engine_threads,
-        )
-        if settings.engine == "inline":
-            return InlineRuntime(config, on_steps=lambda tally: self._metrics.stepped(tally))
-        return ChildRuntime(
-            config,
-            start_seconds=settings.engine_start_seconds,
-            stall_seconds=settings.engine_stall_seconds,
-            on_fatal=self._give_up,
-            on_steps=lambda tally: self._metrics.stepped(tally),
-        )
 
     def _create_runner(self, telemetry: Telemetry) -> AttemptRunner:
         return AttemptRunner(
