@@ -47,6 +47,7 @@ JOB_REDELIVERED: Final = "job.redelivered"
 QUEUE_WAIT: Final = "throughline.queue.wait"
 CLOCK_SKEWED: Final = "throughline.clock.skewed"
 TASK_NAME: Final = "throughline.task.name"
+ITEM_INDEX: Final = "throughline.item.index"
 LINK_ROLE: Final = "throughline.link.role"
 REQUEST_PROMPT_COUNT: Final = "throughline.request.prompt_count"
 REQUEST_BEAM_SEARCH: Final = "throughline.request.beam_search"
@@ -96,6 +97,7 @@ SERVER_PORT: Final = "server.port"
 # Values of LINK_ROLE.
 LINK_CREATION: Final = "creation"
 LINK_PREVIOUS_ATTEMPT: Final = "previous_attempt"
+LINK_ATTEMPT: Final = "attempt"
 
 
 class Source(Enum):
@@ -201,6 +203,7 @@ SPANS: Final[tuple[SpanShape, ...]] = (
             GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS,
             GEN_AI_INPUT_MESSAGES,
             GEN_AI_OUTPUT_MESSAGES,
+            ITEM_INDEX,
             REQUEST_PROMPT_COUNT,
             REQUEST_BEAM_SEARCH,
             TIME_TO_FIRST_TOKEN,
@@ -233,6 +236,7 @@ ATTRIBUTES: Final[tuple[Attribute, ...]] = (
         Source.OWN,
         "int",
         JOB_ATTEMPT,
+        ITEM_INDEX,
         REQUEST_PROMPT_COUNT,
         BATCH_SIZE_MAX,
         STEPS,

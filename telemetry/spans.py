@@ -59,6 +59,7 @@ class GenerationRecord:
             finished.
         input_tokens: of all prompts together, cached ones included.
         output_tokens: of all choices together.
+        item_index: of the prompt in a job of many, from 0; None where it is the only one.
         time_to_first_token_seconds: from `started_at_ns`.
         error_type: a low-cardinality reason; None also for a cancelled generation, which is no error.
         prompts: content, drawn only by a caller that asks for it (see `generation`).
@@ -74,6 +75,7 @@ class GenerationRecord:
     output_tokens: int
     cached_tokens: int = 0
     job_id: str | None = None
+    item_index: int | None = None
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -153,23 +155,34 @@ def generation(
     Returned is the span's own context, for others to link to.
     """
     chosen = _tracer(tracer)
-    attributes = _request_attributes(record) | _response_attributes(record)
-    if capture_content:
-        attributes |= _content_attributes(record)
-    span = chosen.start_span(
-        f"{names.OPERATION_TEXT_COMPLETION} {record.model}",
-        context,
-        attributes=attributes,
-        start_time=record.started_at_ns,
-    )
-    if record.error_type is not None:
-        _fail(span, record.error_type)
+    span = _start_generation(chosen, context, record, capture_content=capture_content)
     if span.is_recording():
         below = trace.set_span_in_context(span, context)
         for phase in record.phases:
             _draw_phase(chosen, below, phase)
     span.end(max(record.ended_at_ns, record.started_at_ns))
     return span.get_span_context()
+
+
+def generation_apart(
+    creation: Context,
+    attempt: Context,
+    record: GenerationRecord,
+    *,
+    capture_content: bool = False,
+    tracer: Tracer | None = None,
+) -> None:
+    """Draw a generation as the root of a trace of its own, for an item that its job's trace has no room for.
+
+    It links to `creation`, the job's send span, and to `attempt`, the process span it belongs to. The
+    sampler decides about it as about any root, except that a job that is not sampled has none. Its phases
+    are left out: such items come by the thousand.
+    """
+    if not trace.get_current_span(attempt).get_span_context().trace_flags.sampled:
+        return
+    links = [*link_to(creation, names.LINK_CREATION), *link_to(attempt, names.LINK_ATTEMPT)]
+    span = _start_generation(_tracer(tracer), Context(), record, links, capture_content=capture_content)
+    span.end(max(record.ended_at_ns, record.started_at_ns))
 
 
 def claim(context: Context, *, job_id: str, started_at_ns: int, ended_at_ns: int) -> None:
@@ -328,6 +341,29 @@ def _draw(
     return span
 
 
+def _start_generation(
+    tracer: Tracer,
+    context: Context,
+    record: GenerationRecord,
+    links: list[Link] | None = None,
+    *,
+    capture_content: bool,
+) -> Span:
+    attributes = _request_attributes(record) | _response_attributes(record)
+    if capture_content:
+        attributes |= _content_attributes(record)
+    span = tracer.start_span(
+        f"{names.OPERATION_TEXT_COMPLETION} {record.model}",
+        context,
+        attributes=attributes,
+        links=links,
+        start_time=record.started_at_ns,
+    )
+    if record.error_type is not None:
+        _fail(span, record.error_type)
+    return span
+
+
 def _add_link(span: Span, traceparent: str | None, role: str) -> None:
     target = extract({"traceparent": traceparent})
     for link in link_to(target, role):
@@ -356,6 +392,7 @@ def _request_attributes(record: GenerationRecord) -> dict[str, AttributeValue]:
         names.GEN_AI_PROVIDER_NAME: names.PROVIDER,
         names.GEN_AI_REQUEST_MODEL: record.model,
         names.JOB_ID: record.job_id,
+        names.ITEM_INDEX: record.item_index,
         names.GEN_AI_REQUEST_MAX_TOKENS: record.max_tokens,
         names.GEN_AI_REQUEST_TEMPERATURE: _as_double(record.temperature),
         names.GEN_AI_REQUEST_TOP_P: _as_double(record.top_p),

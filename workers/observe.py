@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from opentelemetry import context as otel_context
 
@@ -19,11 +19,9 @@ from jobs.store import Claim, ClaimOutcome, Settlement, SettleOutcome
 from telemetry import spans
 from workers.delivery import Delivery
 from workers.measure import SILENT, WorkerMetrics
+from workers.settings import DEFAULT_ITEM_SPANS
 
 logger = logging.getLogger(__name__)
-
-MAX_GENERATION_SPANS = 64
-"""Of one job with many prompts; the others are counted on the process span alone."""
 
 _DROPPED_AS = {
     ClaimOutcome.CANCELLED: JobState.CANCELLED,
@@ -39,6 +37,8 @@ class AttemptObserver:
     model: str
     captures_content: bool = False
     metrics: WorkerMetrics = SILENT
+    max_item_spans: int = DEFAULT_ITEM_SPANS
+    """Generations of one job in its own trace; those beyond are traces of their own, linked to it."""
 
     @contextmanager
     def claim_told_last(self, delivery: Delivery, received_at_ns: int, claimed_at_ns: int) -> Iterator[None]:
@@ -99,10 +99,16 @@ class AttemptObserver:
     ) -> None:
         self.metrics.generated(delivery, outputs)
         current = otel_context.get_current()
-        for index, output in enumerate(outputs[:MAX_GENERATION_SPANS]):
-            text = request.prompts[index].text if self.captures_content else None
-            record = self._record(delivery, params, output, text)
-            spans.generation(current, record, capture_content=self.captures_content)
+        for index, (output, prompt) in enumerate(zip(outputs, request.prompts, strict=True)):
+            record = self._record(delivery, params, output, prompt.text if self.captures_content else None)
+            if len(outputs) > 1:
+                record = replace(record, item_index=index)
+            if index < self.max_item_spans:
+                spans.generation(current, record, capture_content=self.captures_content)
+            else:
+                spans.generation_apart(
+                    delivery.creation, current, record, capture_content=self.captures_content
+                )
 
     def settling(self, delivery: Delivery) -> AbstractContextManager[object]:
         return spans.store_result(delivery.id)

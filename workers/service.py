@@ -174,7 +174,10 @@ class WorkerService:
             runtime=self._runtime,
             holding=self._holding,
             observer=AttemptObserver(
-                self._settings.names[0], telemetry.settings.captures_content, self._metrics
+                self._settings.names[0],
+                telemetry.settings.captures_content,
+                self._metrics,
+                max_item_spans=self._settings.trace_item_spans,
             ),
             clock=self._clock,
             worker=self.worker,

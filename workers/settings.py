@@ -14,6 +14,8 @@ from engine import builtin
 SEED_MODEL = "facebook/opt-125m"
 """The built-in model answers to this name too, so that the client of vLLM's tracing page works as it is."""
 
+DEFAULT_ITEM_SPANS = 64
+
 
 class WorkerSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="THROUGHLINE_", frozen=True, extra="ignore")
@@ -40,6 +42,9 @@ class WorkerSettings(BaseSettings):
     """An engine with work that says nothing for so long is killed and its jobs are handed back."""
     shutdown_grace_seconds: float = Field(default=25.0, ge=0)
     """After SIGTERM the worker finishes what it holds for so long, then hands the rest back."""
+    trace_item_spans: int = Field(default=DEFAULT_ITEM_SPANS, ge=0, le=10_000)
+    """Prompts of one job whose generations stand in its own trace; each one beyond has a trace of its own,
+    linked to the job. A trace page grows slow from about 2,000 spans on; a generation is four."""
     metrics_port: int = Field(default=0, ge=0, le=65535)
     """Where Prometheus finds `/metrics`; 0 is nowhere."""
     metrics_host: str = "127.0.0.1"

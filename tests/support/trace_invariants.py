@@ -31,6 +31,7 @@ def check_trace_invariants(
     foreign_services: Collection[str] = (),
     canaries: Iterable[str] = (),
     failed_job_ids: Collection[str] | None = None,
+    usage: Mapping[str, tuple[int, int]] | None = None,
 ) -> None:
     """Fail with the list of all breaches.
 
@@ -40,6 +41,7 @@ def check_trace_invariants(
         foreign_services: services (the client's) whose span names and attributes are their own.
         canaries: texts of prompts and outputs, which no string of any span may contain.
         failed_job_ids: the failed jobs, whose last attempts and no others are errors. None: not asked.
+        usage: input and output tokens of jobs, as their replies told them.
     """
     ours = [span for span in spans if span.service not in foreign_services]
     breaches = [
@@ -53,6 +55,8 @@ def check_trace_invariants(
     ]
     if failed_job_ids is not None:
         breaches += _status(ours, set(failed_job_ids))
+    for job_id, told in (usage or {}).items():
+        breaches += _sum(ours, job_id, told)
     assert not breaches, "\n".join(breaches)
 
 
@@ -120,15 +124,60 @@ def _deliveries(spans: Sequence[SpanRecord]) -> Iterator[str]:
 
 
 def _usage(spans: Sequence[SpanRecord]) -> Iterator[str]:
-    """Tokens are counted once: on generation spans, and each of those belongs to one delivery."""
+    """Tokens are counted once: on generation spans, and each of those belongs to one delivery.
+
+    It hangs below its `process` span; an item that its job's trace has no room for is a root linked to it.
+    """
     by_id = {span.span_id: span for span in spans}
     for span in spans:
         gen_ai = [key for key in span.attributes if key.startswith("gen_ai.")]
         if gen_ai and not _is_generation(span):
             yield f"gen_ai.* on generation spans only: {span.name} has {gen_ai}"
+        if not _is_generation(span):
+            continue
         parent = by_id.get(span.parent_id or "")
-        if _is_generation(span) and (parent is None or parent.kind != "CONSUMER"):
+        if span.parent_id is None:
+            yield from _apart(span, by_id)
+        elif parent is None or parent.kind != "CONSUMER":
             yield f"a generation lies below a process span: {span.name} does not"
+    yield from _items(spans)
+
+
+def _apart(span: SpanRecord, by_id: Mapping[str, SpanRecord]) -> Iterator[str]:
+    """What a generation in a trace of its own must tell: its place in the job, and by links whose it is."""
+    if names.ITEM_INDEX not in span.attributes:
+        yield f"a generation lies below a process span: {span.name} does not, and is no item of a job"
+    kinds = {names.LINK_CREATION: "PRODUCER", names.LINK_ATTEMPT: "CONSUMER"}
+    found = {link.attributes.get(names.LINK_ROLE): by_id.get(link.span_id) for link in span.links}
+    for role, kind in kinds.items():
+        target = found.get(role)
+        own = span.attributes.get(names.JOB_ID)
+        if target is None or target.kind != kind or target.attributes.get(names.JOB_ID) != own:
+            yield f"an item apart links to its job: {span.name} of {own!r} has no {role} link to a {kind}"
+
+
+def _items(spans: Sequence[SpanRecord]) -> Iterator[str]:
+    """The items of one attempt are numbered from 0, those below its span and those apart together."""
+    indices: dict[Value, list[Value]] = {}
+    for span in spans:
+        if _is_generation(span) and names.ITEM_INDEX in span.attributes:
+            links = [
+                link.span_id
+                for link in span.links
+                if link.attributes.get(names.LINK_ROLE) == names.LINK_ATTEMPT
+            ]
+            indices.setdefault((links or [span.parent_id])[0], []).append(span.attributes[names.ITEM_INDEX])
+    for attempt, found in indices.items():
+        if sorted(map(str, found)) != sorted(map(str, range(len(found)))):
+            yield f"items are 0..n-1: those of attempt {attempt!r} are {found}"
+
+
+def _sum(spans: Sequence[SpanRecord], job_id: str, told: tuple[int, int]) -> Iterator[str]:
+    keys = (names.GEN_AI_USAGE_INPUT_TOKENS, names.GEN_AI_USAGE_OUTPUT_TOKENS)
+    own = [span for span in spans if span.attributes.get(names.JOB_ID) == job_id]
+    counted = tuple(sum(int(str(span.attributes.get(key, 0))) for span in own) for key in keys)
+    if counted != told:
+        yield f"usage adds up to the reply's: the spans of {job_id} have {counted}, its reply {told}"
 
 
 def _is_generation(span: SpanRecord) -> bool:

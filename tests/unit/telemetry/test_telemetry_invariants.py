@@ -80,6 +80,62 @@ def with_attributes(record: SpanRecord, **more: object) -> SpanRecord:
     return replace(record, attributes=changed)  # type: ignore[arg-type]  # test data
 
 
+GENERATION = {
+    "gen_ai.operation.name": "text_completion",
+    "gen_ai.provider.name": "throughline",
+    "gen_ai.request.model": "m",
+    "gen_ai.response.id": "cmpl-1",
+    "gen_ai.response.model": "m",
+    "gen_ai.response.finish_reasons": ("stop",),
+    "gen_ai.usage.input_tokens": 3,
+    "gen_ai.usage.output_tokens": 4,
+    "job.id": "job-1",
+}
+ITEM = span(
+    6,
+    SECOND.span_id,
+    "text_completion m",
+    "INTERNAL",
+    51,
+    60,
+    attributes={**GENERATION, "throughline.item.index": 0},
+)
+APART = replace(
+    ITEM,
+    span_id="7" * 16,
+    trace_id="7" * 32,
+    parent_id=None,
+    attributes={**GENERATION, "throughline.item.index": 1},
+    links=(
+        LinkRecord(TRACE_ID, SEND.span_id, {names.LINK_ROLE: names.LINK_CREATION}),
+        LinkRecord(TRACE_ID, SECOND.span_id, {names.LINK_ROLE: names.LINK_ATTEMPT}),
+    ),
+)
+
+
+def test_invariants_hold_for_a_job_with_an_item_in_a_trace_of_its_own() -> None:
+    check_trace_invariants([*GOOD, ITEM, APART], external={CLIENT}, usage={"job-1": (6, 8)})
+
+
+@pytest.mark.parametrize(
+    ("spans", "breach"),
+    [
+        ([ITEM, replace(APART, links=APART.links[:1])], "an item apart links to its job"),
+        ([ITEM, replace(APART, links=APART.links[1:])], "an item apart links to its job"),
+        ([ITEM, with_attributes(APART, job__id="job-2")], "an item apart links to its job"),
+        ([ITEM, replace(APART, attributes=GENERATION)], "and is no item of a job"),
+        ([APART], "items are 0..n-1"),
+        ([ITEM, with_attributes(APART, throughline__item__index=0)], "items are 0..n-1"),
+        ([ITEM], "usage adds up to the reply's"),
+    ],
+)
+def test_invariants_tell_a_breach_of_items(spans: list[SpanRecord], breach: str) -> None:
+    with pytest.raises(AssertionError) as caught:
+        check_trace_invariants([*GOOD, *spans], external={CLIENT}, usage={"job-1": (6, 8)})
+
+    assert breach in str(caught.value)
+
+
 def test_invariants_hold_for_a_retried_job() -> None:
     check_trace_invariants(GOOD, external={CLIENT}, canaries=["San Francisco"], failed_job_ids=())
 

@@ -17,6 +17,7 @@ from telemetry.spans import (
     Phase,
     extract,
     generation,
+    generation_apart,
     inject,
     mark_attempt,
     mark_outcome,
@@ -118,6 +119,7 @@ def test_generation_carries_every_parameter_when_all_are_given(recorded: Recorde
     record = replace(
         RECORD,
         job_id="job-1",
+        item_index=0,
         cached_tokens=2,
         max_tokens=10,
         temperature=0,
@@ -206,6 +208,30 @@ def test_generation_draws_nothing_when_the_client_is_not_sampled(recorded: Recor
     generation(unsampled, replace(RECORD, phases=(phase,)), tracer=recorded.tracer)
 
     assert recorded.exporter.get_finished_spans() == ()
+
+
+@pytest.mark.parametrize("is_sampled", [True, False])
+def test_item_apart_is_a_root_with_links_only_when_its_job_is_sampled(
+    recorded: Recorded, is_sampled: bool
+) -> None:
+    attempt = extract({"traceparent": TRACEPARENT[:-2] + ("01" if is_sampled else "00")})
+    creation = extract({"traceparent": TRACEPARENT.replace("00f067aa", "11111111")})
+    phase = Phase(name="decode", start_ns=11 * SECOND, end_ns=12 * SECOND)
+
+    generation_apart(
+        creation, attempt, replace(RECORD, item_index=70, phases=(phase,)), tracer=recorded.tracer
+    )
+
+    spans = recorded.exporter.get_finished_spans()
+    assert len(spans) == is_sampled
+    for span in spans:
+        assert span.parent is None
+        assert f"{span.context.trace_id:032x}" not in TRACEPARENT
+        assert (span.attributes or {})[names.ITEM_INDEX] == 70
+        assert [((link.attributes or {})[names.LINK_ROLE], link.context.span_id) for link in span.links] == [
+            (names.LINK_CREATION, 0x11111111_0BA902B7),
+            (names.LINK_ATTEMPT, PARENT_SPAN_ID),
+        ]
 
 
 def test_attempt_names_itself_and_links_to_the_one_before(recorded: Recorded) -> None:
