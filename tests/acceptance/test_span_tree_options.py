@@ -1,0 +1,64 @@
+"""What the trace of a job becomes by the settings that shape it, on the real stack: `telemetry/README.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from telemetry import names
+from telemetry.record import SpanRecord
+from tests.support.span_trees import PROMPT, Traced, drawn, traced_stack
+from tests.support.trace_invariants import check_trace_invariants
+
+NUM_ITEM_SPANS = 2
+ENVIRON = {
+    "THROUGHLINE_TRACE_ITEM_SPANS": str(NUM_ITEM_SPANS),
+}
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
+    with traced_stack(tmp_path_factory.mktemp("options"), ENVIRON) as traced:
+        yield traced
+
+
+def test_items_beyond_the_limit_are_roots_that_link_to_their_job(traced: Traced) -> None:
+    prompts = [PROMPT, "Rome is", "Paris is the capital", "Oslo", "Bern is a"]
+    reply = traced.post("/v1/completions", prompt=prompts, n=2)
+    job_id, trace_id = reply.headers["X-Job-Id"], reply.headers["X-Trace-Id"]
+
+    spans = wait_for_generations(traced, job_id, trace_id, len(prompts))
+    apart = [span for span in spans if span.trace_id != trace_id]
+    inside = [span for span in spans if span.trace_id == trace_id]
+
+    assert [line for line in drawn(spans).splitlines() if not line.startswith(" ")] == [
+        "POST /v1/completions SERVER api",
+        *["text_completion throughline-tiny INTERNAL worker -> send, process 1"] * 3,
+    ]
+    assert drawn(inside).count("text_completion") == drawn(inside).count("engine.prefill") == NUM_ITEM_SPANS
+    assert sorted(span.attributes[names.ITEM_INDEX] for span in apart) == [2, 3, 4]  # type: ignore[type-var]
+    assert len({span.trace_id for span in apart}) == len(apart)
+    usage = reply.json()["usage"]
+    told = (usage["prompt_tokens"], usage["completion_tokens"])
+    check_trace_invariants(spans, canaries=prompts, failed_job_ids=(), usage={job_id: told})
+
+
+def wait_for_generations(traced: Traced, job_id: str, trace_id: str, count: int) -> list[SpanRecord]:
+    """The job's trace, whole, and the items that have one of their own."""
+
+    def mine() -> list[SpanRecord]:
+        return [
+            span
+            for span in traced.receiver.spans()
+            if span.trace_id == trace_id
+            or (span.attributes.get(names.JOB_ID) == job_id and names.ITEM_INDEX in span.attributes)
+        ]
+
+    def is_whole(_: object) -> bool:
+        spans = mine()
+        num_generations = sum(span.name.startswith("text_completion") for span in spans)
+        return num_generations == count and {"SERVER", "CONSUMER"} <= {span.kind for span in spans}
+
+    assert traced.receiver.wait_for(is_whole, timeout_seconds=20)
+    return mine()
