@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from api.bodies import invalid_request
 from api.errors import ApiError, error_body, error_response
-from api.measure import SILENT, ApiMetrics
+from api.measure import SILENT, ApiMetrics, RequestTimes
 from api.middleware import BodyLimit, RequestContext
 from api.routes import completions, health, jobs, models
 from api.services import Connect, redis_backends, run_services
@@ -26,12 +26,9 @@ from telemetry import setup
 from telemetry.celery import instrument_celery
 from telemetry.http import instrument_api
 from telemetry.log import LogFormat, configure_logging
-from telemetry.meter import CONTENT_TYPE, Metrics, build_metrics
+from telemetry.meter import CONTENT_TYPE, Metrics, build_metrics, shut_down
 
 SERVICE_NAME = "throughline-api"
-TELEMETRY_SECONDS = 2.0
-METRICS_SECONDS = 0.9
-"""What a stop may spend on sending the last spans and the last metrics: under 3 s together."""
 
 
 def create_app() -> FastAPI:
@@ -45,10 +42,10 @@ def create_app() -> FastAPI:
     telemetry = setup.configure(SERVICE_NAME)
     instrument_celery()
     metrics = build_metrics(SERVICE_NAME, telemetry.settings, os.environ)
+    telemetry.show_losses(metrics.meter)
 
     def flush() -> None:
-        telemetry.shutdown(TELEMETRY_SECONDS)
-        metrics.shutdown(METRICS_SECONDS)
+        shut_down(telemetry, metrics)
 
     return build_app(settings, redis_backends(jobs_settings), metrics=metrics, at_end=flush)
 
@@ -95,6 +92,8 @@ def build_app(
     # Added last is outermost.
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext)
+    if metrics is not None:
+        app.add_middleware(RequestTimes, counted=counted)
     instrument_api(app)
     return app
 

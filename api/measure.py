@@ -1,4 +1,4 @@
-"""What the API counts, and its watch over queues and workers.
+"""What the API counts and times, and its watch over queues and workers.
 
     QueueWatch.run, every few seconds ──▶ Redis ──▶ a snapshot ◀── a scrape, or a push, reads it
 
@@ -10,8 +10,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from time import perf_counter
 
 from opentelemetry.metrics import Meter, NoOpMeter, Observation
+from opentelemetry.util.types import AttributeValue
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.catalog import Catalog
 from jobs.backlog import BacklogReader, QueueBacklog
@@ -26,12 +29,33 @@ READ_SECONDS = 1.0
 """What one look may take; a store that needs longer counts as away."""
 
 
+_METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "TRACE", "CONNECT"})
+_OTHER = "_OTHER"
+"""The conventions' word for a method that is none: whoever sends it would choose a series' name."""
+
+
 class ApiMetrics:
     """Safe from any thread."""
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
         self._submitted = metrics.counter(meter, metrics.JOBS_SUBMITTED)
+        self._http_duration = metrics.histogram(meter, metrics.HTTP_DURATION)
+
+    def answered(self, scope: Scope, seconds: float, status: int | None) -> None:
+        """Never a path: the route's pattern, and nothing where no route matched."""
+        method = scope["method"]
+        attributes: dict[str, AttributeValue] = {
+            metrics.HTTP_METHOD: method if method in _METHODS else _OTHER,
+            metrics.HTTP_SCHEME: scope["scheme"],
+        }
+        if (route := getattr(scope.get("route"), "path", None)) is not None:
+            attributes[metrics.HTTP_ROUTE] = route
+        if status is not None:
+            attributes[metrics.HTTP_STATUS] = status
+            if status >= 500:
+                attributes[names.ERROR_TYPE] = str(status)
+        self._http_duration.record(seconds, attributes)
 
     def accepted(self, job: NewJob, *, replayed: bool) -> None:
         self._count(job, "replayed" if replayed else "accepted")
@@ -53,6 +77,32 @@ class ApiMetrics:
 
 SILENT = ApiMetrics(NoOpMeter(metrics.METER))
 """Counts nothing; for an app that nobody collects from."""
+
+
+class RequestTimes:
+    """Times every request, streams to their end; inside the server span, which an exemplar then names."""
+
+    def __init__(self, app: ASGIApp, *, counted: ApiMetrics) -> None:
+        self._app = app
+        self._counted = counted
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status: int | None = None
+
+        async def note_status(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        started_at = perf_counter()
+        try:
+            await self._app(scope, receive, note_status)
+        finally:
+            self._counted.answered(scope, perf_counter() - started_at, status)
 
 
 @dataclass(frozen=True, slots=True)

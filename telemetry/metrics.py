@@ -1,8 +1,9 @@
 """Every metric that this project emits: name, kind, unit, bounds, and the attributes it may carry.
 
 The `gen_ai.*` ones are the server histograms and the usage counters of the GenAI conventions, still in
-development. Their bounds are the conventions' own with larger ones appended, for a job may have waited in a
-queue for an hour. What no convention covers lies under `throughline.`.
+development, as are the `otel.sdk.*` ones; the `http.*` one is stable. Where a duration holds waiting, the
+bounds are the conventions' own with larger ones appended, for a job may have waited in a queue for an hour.
+What no convention covers lies under `throughline.`.
 
 Attributes have few values each: served models, priorities, outcomes and reasons; never an id, never text.
 `METRICS` is the same as data: `README.md` shows it and tests hold the two, and what is emitted, together.
@@ -24,6 +25,11 @@ MODEL: Final = names.GEN_AI_REQUEST_MODEL
 PRIORITY: Final = "throughline.priority"
 OUTCOME: Final = "throughline.outcome"
 MODALITY: Final = "gen_ai.token.modality"
+COMPONENT: Final = "otel.component.type"
+HTTP_METHOD: Final = "http.request.method"
+HTTP_SCHEME: Final = "url.scheme"
+HTTP_ROUTE: Final = "http.route"
+HTTP_STATUS: Final = "http.response.status_code"
 
 REQUEST_DURATION: Final = "gen_ai.server.request.duration"
 TIME_TO_FIRST_TOKEN: Final = "gen_ai.server.time_to_first_token"
@@ -46,6 +52,9 @@ REQUESTS_RUNNING: Final = "throughline.engine.requests.running"
 REQUESTS_WAITING: Final = "throughline.engine.requests.waiting"
 BLOCKS_USED: Final = "throughline.engine.kv_cache.blocks.used"
 BLOCKS_TOTAL: Final = "throughline.engine.kv_cache.blocks.total"
+HTTP_DURATION: Final = "http.server.request.duration"
+SPANS_PROCESSED: Final = "otel.sdk.processor.span.processed"
+SPANS_EXPORTED: Final = "otel.sdk.exporter.span.exported"
 
 Kind = Literal["counter", "histogram", "gauge"]
 
@@ -60,7 +69,7 @@ class MetricShape:
     name: str
     kind: Kind
     unit: str
-    made_by: Literal["api", "worker"]
+    made_by: Literal["api", "worker", "api, worker"]
     description: str
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
@@ -77,6 +86,10 @@ STANDARD_FIRST_TOKEN_BOUNDS: Final = (
 STANDARD_OUTPUT_TOKEN_BOUNDS: Final = (
     0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5,
 )
+STANDARD_HTTP_BOUNDS: Final = (
+    0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+)
+_HTTP_BOUNDS = (*STANDARD_HTTP_BOUNDS, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0, 2560.0, 7680.0)
 _DURATION_BOUNDS = (*STANDARD_DURATION_BOUNDS, 163.84, 327.68, 655.36, 1310.72, 2621.44, 7680.0)
 _WAIT_BOUNDS = (*STANDARD_FIRST_TOKEN_BOUNDS, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0, 2560.0, 7680.0)
 _OUTPUT_TOKEN_BOUNDS = (*STANDARD_OUTPUT_TOKEN_BOUNDS, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 7680.0)
@@ -178,6 +191,34 @@ METRICS: Final[tuple[MetricShape, ...]] = (
         QUEUE_OLDEST_AGE, "gauge", "s", "api", "Age of the oldest job of the ledger; 0 when empty", _QUEUE
     ),
     MetricShape(WORKERS, "gauge", "{worker}", "api", "Workers heard from lately", (MODEL,)),
+    MetricShape(
+        HTTP_DURATION,
+        "histogram",
+        "s",
+        "api",
+        "From a request's head to the end of its reply; without a route where none matched",
+        (HTTP_METHOD, HTTP_SCHEME),
+        (HTTP_ROUTE, HTTP_STATUS, names.ERROR_TYPE),
+        _HTTP_BOUNDS,
+    ),
+    MetricShape(
+        SPANS_PROCESSED,
+        "counter",
+        "{span}",
+        "api, worker",
+        "Spans handed to the exporter; with an error type those dropped from a full queue",
+        (COMPONENT,),
+        _ERROR,
+    ),
+    MetricShape(
+        SPANS_EXPORTED,
+        "counter",
+        "{span}",
+        "api, worker",
+        "Spans the collector took; with an error type those lost on the way",
+        (COMPONENT,),
+        _ERROR,
+    ),
 )
 
 _BY_NAME = {shape.name: shape for shape in METRICS}
@@ -201,10 +242,11 @@ def histogram(meter: Meter, name: str) -> Histogram:
 
 
 def watch(meter: Meter, name: str, read: Read) -> None:
-    """A gauge whose values are asked for at each collection; `read` must return at once."""
+    """A gauge or counter whose values are asked for at each collection; `read` must return at once."""
     shape = _BY_NAME[name]
+    create = meter.create_observable_counter if shape.kind == "counter" else meter.create_observable_gauge
 
     def observe(_: CallbackOptions) -> Iterable[Observation]:
         return read()
 
-    meter.create_observable_gauge(name, [observe], unit=shape.unit, description=shape.description)
+    create(name, [observe], unit=shape.unit, description=shape.description)

@@ -6,21 +6,29 @@ import atexit
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcSpanExporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpSpanExporter
+from opentelemetry.metrics import Meter, Observation
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
+from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SpanExporter
 from opentelemetry.trace import Tracer
 
-from telemetry import names
+from telemetry import metrics, names
+from telemetry.export import CountedSpanProcessor, SpanCounts, SpanLedger
 from telemetry.settings import Target, TelemetrySettings
 
 _logger = logging.getLogger(__name__)
+
+QUEUE_FULL = "queue_full"
+EXPORT_FAILED = "export_failed"
+_CONSOLE = "console_span_exporter"
+_OTLP = {"grpc": "otlp_grpc_span_exporter", "http/protobuf": "otlp_http_span_exporter"}
+"""`otel.component.type`, of the conventions."""
 
 
 class Telemetry:
@@ -28,20 +36,49 @@ class Telemetry:
 
     Args:
         provider: spans go through it; ours, or the one `opentelemetry-instrument` installed.
-        exporters: those we built, to be cut off when a shutdown runs out of time.
+        exporters: those we built, to be cut off when a shutdown runs out of time, each with the count of
+            its spans.
     """
 
     def __init__(
-        self, provider: TracerProvider, settings: TelemetrySettings, exporters: Sequence[SpanExporter] = ()
+        self,
+        provider: TracerProvider,
+        settings: TelemetrySettings,
+        exporters: Mapping[SpanExporter, SpanLedger] | None = None,
     ) -> None:
         self.provider = provider
         self.settings = settings
-        self._exporters = tuple(exporters)
+        self._exporters = dict(exporters or {})
         self._closing = threading.Lock()
         self._is_closed = False
 
     def tracer(self, name: str = names.TRACER) -> Tracer:
         return self.provider.get_tracer(name)
+
+    def span_counts(self) -> dict[str, SpanCounts]:
+        """By the exporter's component type; empty where spans are not exported, or not by us."""
+        return {ledger.component: ledger.counts() for ledger in self._exporters.values()}
+
+    def show_losses(self, meter: Meter) -> None:
+        """Spans sent, dropped and lost are metrics of `meter`.
+
+        Nothing is shown of the exporters of `opentelemetry-instrument`, which the SDK's own switch covers.
+        """
+        if self._exporters:
+            metrics.watch(meter, metrics.SPANS_PROCESSED, self._processed)
+            metrics.watch(meter, metrics.SPANS_EXPORTED, self._exported)
+
+    def _processed(self) -> Iterable[Observation]:
+        for component, counts in self.span_counts().items():
+            attributes = {metrics.COMPONENT: component}
+            yield Observation(counts.num_taken, attributes)
+            yield Observation(counts.num_dropped, attributes | {names.ERROR_TYPE: QUEUE_FULL})
+
+    def _exported(self) -> Iterable[Observation]:
+        for component, counts in self.span_counts().items():
+            attributes = {metrics.COMPONENT: component}
+            yield Observation(counts.num_accepted, attributes)
+            yield Observation(counts.num_failed, attributes | {names.ERROR_TYPE: EXPORT_FAILED})
 
     def shutdown(self, timeout_seconds: float = 3.0) -> None:
         """Every ended span is exported, or given up when the time is over; safe to repeat.
@@ -64,7 +101,8 @@ class Telemetry:
             return
         closer.join(timeout_seconds)
         if closer.is_alive():
-            _logger.warning("Gave up on exporting the last spans after %.1f s", timeout_seconds)
+            num_left = sum(counts.num_waiting for counts in self.span_counts().values())
+            _logger.warning("Gave up on exporting the last %d spans after %.1f s", num_left, timeout_seconds)
             for exporter in self._exporters:
                 exporter.shutdown()
 
@@ -124,14 +162,15 @@ def build(default_service_name: str, settings: TelemetrySettings) -> Telemetry:
         resource=process_resource(default_service_name, settings),
         shutdown_on_exit=False,  # the SDK's own exit handler may wait for 30 s
     )
-    exporters = [] if settings.is_disabled else _exporters(settings)
-    for exporter in exporters:
+    exporters = {} if settings.is_disabled else _exporters(settings)
+    for exporter, ledger in exporters.items():
         provider.add_span_processor(
-            BatchSpanProcessor(
+            CountedSpanProcessor(
                 exporter,
-                max_queue_size=settings.max_queue_spans,
-                max_export_batch_size=settings.max_batch_spans,
-                schedule_delay_millis=settings.schedule_delay_seconds * 1000,
+                ledger,
+                max_queue_spans=settings.max_queue_spans,
+                max_batch_spans=settings.max_batch_spans,
+                schedule_delay_seconds=settings.schedule_delay_seconds,
             )
         )
     provider.telemetry = Telemetry(provider, settings, exporters)
@@ -154,12 +193,13 @@ def _version() -> str:
         return "unknown"  # run from a checkout that was never installed
 
 
-def _exporters(settings: TelemetrySettings) -> list[SpanExporter]:
-    exporters: list[SpanExporter] = []
+def _exporters(settings: TelemetrySettings) -> dict[SpanExporter, SpanLedger]:
+    exporters: dict[SpanExporter, SpanLedger] = {}
     if "console" in settings.exporters:
-        exporters.append(ConsoleSpanExporter())
-    if settings.target is not None:
-        exporters.append(_otlp_exporter(settings.target, settings.export_timeout_seconds))
+        exporters[ConsoleSpanExporter()] = SpanLedger(_CONSOLE, settings.max_queue_spans)
+    if (target := settings.target) is not None:
+        exporter = _otlp_exporter(target, settings.export_timeout_seconds)
+        exporters[exporter] = SpanLedger(_OTLP[target.protocol], settings.max_queue_spans)
     return exporters
 
 

@@ -29,7 +29,7 @@ from jobs.redis_store import RedisAttemptStore
 from jobs.registry import BEAT_SECONDS, ModelCard, queue_name
 from jobs.settings import JobsSettings
 from telemetry.celery import instrument_celery
-from telemetry.meter import Metrics, build_metrics
+from telemetry.meter import Metrics, build_metrics, shut_down
 from telemetry.metrics_port import MetricsPort, open_port
 from telemetry.setup import Telemetry, configure
 from workers.attempt import AttemptRunner, Verdict
@@ -44,11 +44,11 @@ from workers.protocol import ModelFacts, StepTally
 from workers.reconcile import Reconciler
 from workers.runtime import Runtime
 from workers.settings import WorkerSettings
+from workers.steps import StepTracer
 
 logger = logging.getLogger(__name__)
 
 SERVICE_NAME = "throughline-worker"
-
 
 CreateRuntime = Callable[[WorkerSettings, Callable[[str], None], Callable[[StepTally], None]], Runtime]
 """From the settings, what to call when the engine is gone for good, and what to call with its tallies."""
@@ -68,14 +68,16 @@ def engine_runtime(
         kv_cache_bytes=settings.kv_cache_bytes,
         num_threads=settings.engine_threads,
     )
+    steps = StepTracer(settings.step_sampling)
     if settings.engine == "inline":
-        return InlineRuntime(config, on_steps=on_steps)
+        return InlineRuntime(config, on_steps=on_steps, steps=steps)
     return ChildRuntime(
         config,
         start_seconds=settings.engine_start_seconds,
         stall_seconds=settings.engine_stall_seconds,
         on_fatal=on_fatal,
         on_steps=on_steps,
+        steps=steps,
     )
 
 
@@ -153,18 +155,17 @@ class WorkerService:
             self._reconciler.stop()
         self._holding.stop()
         self._runtime.stop()
-        if self._telemetry is not None:
-            self._telemetry.shutdown()
         if self._metrics_port is not None:
             self._metrics_port.close()
-        if self._meter is not None:
-            self._meter.shutdown()
+        if self._telemetry is not None and self._meter is not None:
+            shut_down(self._telemetry, self._meter)
 
     def _start_metrics(self, telemetry: Telemetry) -> None:
         settings = self._settings
         self._meter = build_metrics(SERVICE_NAME, telemetry.settings, os.environ)
         self._metrics = WorkerMetrics(self._meter.meter, settings.names[0])
         self._metrics.watch_engine(self._runtime.last_stats)
+        telemetry.show_losses(self._meter.meter)
         if settings.metrics_port:
             self._metrics_port = open_port(self._meter, settings.metrics_host, settings.metrics_port)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -110,10 +111,11 @@ def test_api_shows_its_queues_and_workers_and_never_waits_for_redis(server: Serv
     assert samples["throughline_queue_open", frozenset(BATCH)] == 2
     assert 0 < samples["throughline_queue_oldest_age_seconds", frozenset(BATCH)] < 60
     assert samples["throughline_workers", frozenset(BATCH[:1])] == 1
-    told = {name.partition("_total")[0] for name, _ in samples} - {"target_info"}
-    assert told <= {shape.name.replace(".", "_") for shape in metrics.METRICS} | {
-        "throughline_queue_oldest_age_seconds"
-    }
+    created = {"http_route": "/v1/jobs", "http_request_method": "POST", "http_response_status_code": "202"}
+    timed = frozenset({*created.items(), ("url_scheme", "http")})
+    assert samples["http_server_request_duration_seconds_count", timed] == 2
+    told = {re.sub(r"(_seconds)?(_total|_count|_sum|_bucket)?$", "", name) for name, _ in samples}
+    assert told - {"target_info"} <= {shape.name.replace(".", "_") for shape in metrics.METRICS}
 
     server.valkey.pause()
     wait_until(lambda: depth not in server.scrape(), timeout_seconds=15, what="the gauges are gone")

@@ -37,6 +37,7 @@ def own() -> Iterator[Metrics]:
         (metrics.REQUEST_DURATION, metrics.STANDARD_DURATION_BOUNDS),
         (metrics.TIME_TO_FIRST_TOKEN, metrics.STANDARD_FIRST_TOKEN_BOUNDS),
         (metrics.TIME_PER_OUTPUT_TOKEN, metrics.STANDARD_OUTPUT_TOKEN_BOUNDS),
+        (metrics.HTTP_DURATION, metrics.STANDARD_HTTP_BOUNDS),
     ],
 )
 def test_bounds_begin_with_the_conventions_and_reach_two_hours(
@@ -82,13 +83,21 @@ def test_attributes_are_of_the_few_with_bounded_values() -> None:
         names.ERROR_TYPE,
         names.GEN_AI_OPERATION_NAME,
         names.GEN_AI_PROVIDER_NAME,
+        metrics.COMPONENT,
+        metrics.HTTP_METHOD,
+        metrics.HTTP_SCHEME,
+        metrics.HTTP_ROUTE,
+        metrics.HTTP_STATUS,
     }
 
     assert {key for shape in metrics.METRICS for key in (*shape.required, *shape.optional)} == allowed
 
 
 def test_names_of_our_own_stay_out_of_foreign_namespaces() -> None:
-    assert all(re.match(r"gen_ai\.|throughline\.", shape.name) for shape in metrics.METRICS)
+    conventional = {metrics.HTTP_DURATION, metrics.SPANS_PROCESSED, metrics.SPANS_EXPORTED}
+    own = {shape.name for shape in metrics.METRICS} - conventional
+
+    assert all(re.match(r"gen_ai\.|throughline\.", name) for name in own)
 
 
 def test_rendered_text_parses_and_holds_what_was_recorded(own: Metrics) -> None:
