@@ -26,6 +26,7 @@ from jobs.record import (
 from jobs.registry import ALIVE_SECONDS, ModelCard, ServedModel
 from jobs.states import JobState
 from jobs.store import (
+    FORGIVEN_LIMIT,
     CancelOutcome,
     Claim,
     ClaimOutcome,
@@ -181,6 +182,7 @@ class MemoryStore:
                     attempt_traceparent=traceparent or "",
                 )
                 record.pop("failure", None)
+                record.pop("alone", None)
                 self._notify(record)
             return to_claim(*(record.get(name, "") for name in CLAIMED_FIELDS))
 
@@ -197,10 +199,12 @@ class MemoryStore:
         if state is JobState.CANCELLING:
             self._finish(record, JobState.CANCELLED, now)
             return ClaimOutcome.CANCELLED
+        if state is JobState.IN_PROGRESS and "alone" not in record:
+            _forgive(record)
         if "expires_at" in record and float(record["expires_at"]) <= now:
             self._finish(record, JobState.EXPIRED, now)
             return ClaimOutcome.EXPIRED
-        if int(record["attempts"]) >= int(record["max_attempts"]):
+        if int(record["attempts"]) - _num_forgiven(record) >= int(record["max_attempts"]):
             record.setdefault("failure", worker_lost_failure().model_dump_json())
             self._finish(record, JobState.FAILED, now)
             return ClaimOutcome.EXHAUSTED
@@ -234,8 +238,22 @@ class MemoryStore:
             self._finish(record, settlement.state, now)
             return SettleOutcome.SETTLED
 
+    def mark_alone(self, id: JobId, token: LeaseToken) -> bool:
+        with self._lock:
+            record = self._records.get(id, {})
+            if record.get("lease_token") != token:
+                return False
+            record["alone"] = "1"
+            return True
+
     def release(
-        self, id: JobId, token: LeaseToken, *, now: float, failure: Failure | None = None
+        self,
+        id: JobId,
+        token: LeaseToken,
+        *,
+        now: float,
+        failure: Failure | None = None,
+        is_forgiven: bool = False,
     ) -> SettleOutcome:
         with self._lock:
             record = self._records.get(id)
@@ -249,6 +267,8 @@ class MemoryStore:
                 record["attempts"] = str(int(record["attempts"]) - 1)
             else:
                 record["failure"] = failure.model_dump_json()
+                if is_forgiven:
+                    _forgive(record)
             record["state"] = JobState.QUEUED.value
             record["released_at"] = repr(now)
             self._drop_lease(record)
@@ -326,3 +346,12 @@ class MemoryStore:
     def _read(self, stream: str, after: str) -> list[tuple[int, JobId, str]]:
         with self._lock:
             return [entry for entry in self._streams.get(stream, []) if entry[0] > int(after)]
+
+
+def _num_forgiven(record: dict[str, str]) -> int:
+    return int(record.get("forgiven", "0"))
+
+
+def _forgive(record: dict[str, str]) -> None:
+    if _num_forgiven(record) < FORGIVEN_LIMIT:
+        record["forgiven"] = str(_num_forgiven(record) + 1)

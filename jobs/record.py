@@ -87,6 +87,7 @@ CLAIMED_FIELDS = (
     "previous_traceparent",
     "lost_since",
     "released_at",
+    "forgiven",
 )
 """What a claim reads, in the order of `to_claim` and of `lua/claim.lua`."""
 
@@ -100,6 +101,7 @@ def to_claim(
     previous_traceparent: str,
     lost_since: str,
     released_at: str,
+    forgiven: str,
 ) -> Claim:
     attempt = int(attempts)
     return Claim(
@@ -112,6 +114,7 @@ def to_claim(
         previous_traceparent=previous_traceparent or None,
         lost=_lost_attempt(attempt - 1, lost_since),
         released_at=float(released_at) if released_at else None,
+        forgiven=int(forgiven or 0),
     )
 
 

@@ -24,6 +24,7 @@ from jobs.redis_connection import store_errors
 from jobs.settings import JobsSettings
 from jobs.states import JobState
 from jobs.store import (
+    FORGIVEN_LIMIT,
     CancelOutcome,
     Claim,
     ClaimOutcome,
@@ -129,6 +130,7 @@ class RedisAttemptStore:
         self._renew = client.register_script(scripts.source("renew"))
         self._settle = client.register_script(scripts.source("settle"))
         self._release = client.register_script(scripts.source("release"))
+        self._alone = client.register_script(scripts.source("alone"))
 
     def claim(
         self,
@@ -150,6 +152,7 @@ class RedisAttemptStore:
             self._ttl,
             worker_lost_failure().model_dump_json(),
             traceparent or "",
+            FORGIVEN_LIMIT,
         ]
         with store_errors():
             outcome, *fields = self._claim(keys=[self._keys.job(id)], args=args)
@@ -176,14 +179,24 @@ class RedisAttemptStore:
             reply = self._settle(keys=[self._keys.job(id)], args=[*head, *fields])
         return SettleOutcome(reply)
 
-    def release(
-        self, id: JobId, token: LeaseToken, *, now: float, failure: Failure | None = None
-    ) -> SettleOutcome:
-        last = failure.model_dump_json() if failure else ""
+    def mark_alone(self, id: JobId, token: LeaseToken) -> bool:
         with store_errors():
-            reply = self._release(
-                keys=[self._keys.job(id)], args=[self._keys.prefix, id, token, repr(now), self._ttl, last]
-            )
+            return bool(self._alone(keys=[self._keys.job(id)], args=[token]))
+
+    def release(
+        self,
+        id: JobId,
+        token: LeaseToken,
+        *,
+        now: float,
+        failure: Failure | None = None,
+        is_forgiven: bool = False,
+    ) -> SettleOutcome:
+        args: list[Any] = [self._keys.prefix, id, token, repr(now), self._ttl]
+        last = failure.model_dump_json() if failure else ""
+        limit = FORGIVEN_LIMIT if is_forgiven else ""
+        with store_errors():
+            reply = self._release(keys=[self._keys.job(id)], args=[*args, last, limit])
         return SettleOutcome(reply)
 
     def read_cancels(self, worker: WorkerId, after: str, *, block_seconds: float) -> list[tuple[str, JobId]]:

@@ -54,6 +54,11 @@ class Reply:
     state: JobState
 
 
+FORGIVEN_LIMIT = 10
+"""Attempts of one job that may end in company without being counted: what kills workers before it can be
+run alone must end too."""
+
+
 class SubmissionStore(Protocol):
     """The API's half. Every method raises `StoreUnavailable` when the store does not answer."""
 
@@ -107,7 +112,7 @@ class ClaimOutcome(StrEnum):
     EXPIRED = "expired"
     """Its deadline had passed; this claim ended it."""
     EXHAUSTED = "exhausted"
-    """All its attempts are used up; this claim ended it as failed (`worker_lost`)."""
+    """All its attempts are used up, the forgiven ones aside; now it has failed (`worker_lost`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +140,8 @@ class Claim:
     """The attempt before, if its lease ran out. Set when claimed, cancelled, expired or exhausted."""
     released_at: float | None = None
     """When an attempt last gave the job back, and its wait began anew. Unix seconds."""
+    forgiven: int = 0
+    """Attempts before this one that ended with their engine or worker, others being in it: not counted."""
     ended_as: JobState | None = None
     """Set when the job was final already."""
 
@@ -199,13 +206,27 @@ class AttemptStore(Protocol):
         """
         ...
 
+    def mark_alone(self, id: JobId, token: LeaseToken) -> bool:
+        """Note that the attempt has its engine to itself: should it vanish, nothing else is to blame.
+
+        False when the lease is another's.
+        """
+        ...
+
     def release(
-        self, id: JobId, token: LeaseToken, *, now: float, failure: Failure | None = None
+        self,
+        id: JobId,
+        token: LeaseToken,
+        *,
+        now: float,
+        failure: Failure | None = None,
+        is_forgiven: bool = False,
     ) -> SettleOutcome:
         """Give the job back as queued. SETTLED when done; the caller then requeues the message.
 
         Without a failure (a worker that shuts down) the attempt is not counted. With one it is, and the
-        failure becomes the job's own if no attempts are left at the next claim.
+        failure becomes the job's own if no attempts are left at the next claim. `is_forgiven` keeps the
+        attempt's number but does not count it against the job, up to FORGIVEN_LIMIT times.
         """
         ...
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 import logging
 import threading
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from time import time_ns
 from typing import TypeVar
@@ -30,6 +31,7 @@ from jobs.states import JobState
 from jobs.store import AttemptStore, Claim, ClaimOutcome, Settlement, SettleOutcome
 from telemetry.log import logged_job
 from telemetry.spans import traceparent
+from workers.company import Company, grade_of
 from workers.delivery import Delivery
 from workers.errors import CancelWished, DeadlinePassed, EngineLost, EngineRefused, LeaseLost
 from workers.holding import HeldJob, Holding
@@ -63,6 +65,7 @@ class AttemptRunner:
     worker: WorkerId
     lease_seconds: float
     is_stopping: threading.Event
+    company: Company = field(default_factory=Company)
 
     def run(self, delivery: Delivery) -> Verdict:
         """Raises JobStopped when the worker shuts down; the job is queued again by then."""
@@ -106,7 +109,7 @@ class AttemptRunner:
         try:
             params = sampling_params(request.sampling)
             requests = engine_requests(delivery.id, token, request, params)
-            with self.holding.hold(held):
+            with self.holding.hold(held), self._in_company(delivery.id, claim, token):
                 outputs = self._run_engine(delivery, requests, handle)
         except (InvalidRequestError, EngineRefused) as refusal:
             return self._settle(delivery, token, Settlement(JobState.FAILED, failure=_as_failure(refusal)))
@@ -118,7 +121,8 @@ class AttemptRunner:
             self.observer.lease_lost(delivery)
             return Verdict.ACKNOWLEDGE
         except EngineLost as lost:
-            return self._give_back(delivery, token, lost.failure)
+            is_forgiven = not grade_of(claim.forgiven).is_alone
+            return self._give_back(delivery, token, lost.failure, is_forgiven=is_forgiven)
         except JobStopped:
             self._release(delivery.id, token, None)
             raise
@@ -126,6 +130,19 @@ class AttemptRunner:
         self.observer.generated(delivery, request, params, outputs)
         stamps = AttemptStamps(claim.queued_at, claimed_at, generated_at, settled_at=self.clock.now())
         return self._settle(delivery, token, _settlement(outputs, stamps))
+
+    @contextmanager
+    def _in_company(self, id: JobId, claim: Claim, token: LeaseToken) -> Iterator[None]:
+        """Be in the engine with the company that the job's past allows; a lone run is noted beforehand."""
+        grade = grade_of(claim.forgiven)
+        with self.company.join(grade, current_handle().wait):
+            if grade.is_alone:
+                is_ours = self._insist(lambda: self.store.mark_alone(id, token))
+                if is_ours is None:
+                    raise JobStopped("the worker shuts down")
+                if not is_ours:
+                    raise LeaseLost("the lease is another worker's")
+            yield
 
     def _run_engine(
         self, delivery: Delivery, requests: tuple[EngineRequest, ...], handle: TaskHandle
@@ -150,14 +167,21 @@ class AttemptRunner:
         self.observer.settled(delivery, settlement, outcome)
         return Verdict.ACKNOWLEDGE
 
-    def _give_back(self, delivery: Delivery, token: LeaseToken, failure: Failure) -> Verdict:
-        outcome = self._release(delivery.id, token, failure)
+    def _give_back(
+        self, delivery: Delivery, token: LeaseToken, failure: Failure, *, is_forgiven: bool = False
+    ) -> Verdict:
+        outcome = self._release(delivery.id, token, failure, is_forgiven=is_forgiven)
         self.observer.given_back(delivery, failure)
         return Verdict.ACKNOWLEDGE if outcome is not SettleOutcome.SETTLED else Verdict.REQUEUE
 
-    def _release(self, id: JobId, token: LeaseToken, failure: Failure | None) -> SettleOutcome | None:
+    def _release(
+        self, id: JobId, token: LeaseToken, failure: Failure | None, *, is_forgiven: bool = False
+    ) -> SettleOutcome | None:
         return self._insist(
-            lambda: self.store.release(id, token, now=self.clock.now(), failure=failure), max_tries=3
+            lambda: self.store.release(
+                id, token, now=self.clock.now(), failure=failure, is_forgiven=is_forgiven
+            ),
+            max_tries=3,
         )
 
     def _insist(self, act: Callable[[], T], *, max_tries: int | None = None) -> T | None:

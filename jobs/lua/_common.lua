@@ -7,6 +7,15 @@ local function field(job_key, name)
   return redis.call('HGET', job_key, name) or ''
 end
 
+local function forgiven(job_key)
+  return tonumber(field(job_key, 'forgiven')) or 0
+end
+
+-- Let an attempt go uncounted, unless that was done `limit` times: a job must end some day.
+local function forgive(job_key, limit)
+  if forgiven(job_key) < tonumber(limit) then redis.call('HINCRBY', job_key, 'forgiven', 1) end
+end
+
 -- Tell every API replica that watches the job.
 local function notify(prefix, job_key, id, state)
   for replica in string.gmatch(field(job_key, 'watchers'), '%S+') do

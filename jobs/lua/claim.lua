@@ -1,9 +1,9 @@
 -- Take the lease on a job, or end it, or say why neither.
 -- KEYS[1] job hash
 -- ARGV    prefix, id, token, worker, now, lease_expires_at, ttl, failure JSON for used-up attempts,
---         traceparent of this attempt ('' for none)
+--         traceparent of this attempt ('' for none), the most attempts that may be forgiven
 -- Returns {'claimed', attempts, request, queued_at, expires_at, traceparent, previous_traceparent, lost_since,
---          released_at}
+--          released_at, forgiven}
 --       | {'missing'} | {'held'} | {'final', attempts, '', state}
 --       | {'cancelled' | 'expired' | 'exhausted', attempts, lost_since}
 -- lost_since is when the attempt before began, if it ended without a word: its lease ran out. Else ''.
@@ -14,7 +14,7 @@ local state = field(job, 'state')
 local function claimed()
   return {'claimed', field(job, 'attempts'), field(job, 'request'), field(job, 'queued_at'),
           field(job, 'expires_at'), field(job, 'traceparent'), field(job, 'previous_traceparent'),
-          field(job, 'lost_since'), field(job, 'released_at')}
+          field(job, 'lost_since'), field(job, 'released_at'), field(job, 'forgiven')}
 end
 
 if state == '' then return {'missing'} end
@@ -29,12 +29,14 @@ if state == 'cancelling' then
   finish(prefix, job, id, 'cancelled', now, ARGV[7])
   return {'cancelled', attempts, lost_since}
 end
+-- An attempt that vanished while others were in its engine proves nothing against the job.
+if lost_since ~= '' and field(job, 'alone') == '' then forgive(job, ARGV[10]) end
 local expires_at = tonumber(field(job, 'expires_at'))
 if expires_at and expires_at <= tonumber(now) then
   finish(prefix, job, id, 'expired', now, ARGV[7])
   return {'expired', attempts, lost_since}
 end
-if tonumber(attempts) >= tonumber(field(job, 'max_attempts')) then
+if tonumber(attempts) - forgiven(job) >= tonumber(field(job, 'max_attempts')) then
   -- A worker that vanished left no failure of its own; one that reported did, at its release.
   if field(job, 'failure') == '' then redis.call('HSET', job, 'failure', ARGV[8]) end
   finish(prefix, job, id, 'failed', now, ARGV[7])
@@ -46,6 +48,6 @@ redis.call('HSET', job, 'previous_traceparent', field(job, 'attempt_traceparent'
            'attempt_traceparent', ARGV[9])
 redis.call('HSET', job, 'state', 'in_progress', 'in_progress_at', now, 'worker', worker,
            'lease_token', token, 'lease_expires_at', ARGV[6])
-redis.call('HDEL', job, 'failure')
+redis.call('HDEL', job, 'failure', 'alone')
 notify(prefix, job, id, 'in_progress')
 return claimed()

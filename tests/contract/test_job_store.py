@@ -11,6 +11,7 @@ from jobs.errors import IdempotencyMismatch, QueueFull
 from jobs.model import Failure, JobId, LeaseToken, ReplicaId, WorkerId, new_lease_token
 from jobs.states import JobState
 from jobs.store import (
+    FORGIVEN_LIMIT,
     CancelOutcome,
     Claim,
     ClaimOutcome,
@@ -262,8 +263,8 @@ async def test_job_fails_with_its_last_failure_when_its_attempts_are_used_up(sto
 
 async def test_job_whose_workers_vanish_fails_as_worker_lost(stores: Stores) -> None:
     id = await submit(stores, max_attempts=2)
-    claim(stores, id, now=NOW)
-    claim(stores, id, now=NOW + 20)
+    for start in (NOW, NOW + 20):
+        assert stores.worker.mark_alone(id, claim(stores, id, now=start))
 
     last = stores.worker.claim(id, new_lease_token(), WORKER, now=NOW + 40, lease_seconds=LEASE)
 
@@ -272,6 +273,49 @@ async def test_job_whose_workers_vanish_fails_as_worker_lost(stores: Stores) -> 
     assert job is not None
     assert job.failure is not None
     assert job.failure.reason == "worker_lost"
+
+
+async def test_attempts_that_vanish_in_company_are_forgiven_up_to_a_limit(stores: Stores) -> None:
+    id = await submit(stores, max_attempts=2)
+
+    claims = [
+        claim_as(stores, id, now=NOW + 20 * number, traceparent=SPANS[0])[1]
+        for number in range(FORGIVEN_LIMIT + 3)
+    ]
+
+    assert [taken.attempt for taken in claims[:-1]] == list(range(1, FORGIVEN_LIMIT + 3))
+    assert [taken.forgiven for taken in claims[:-1]] == [*range(FORGIVEN_LIMIT + 1), FORGIVEN_LIMIT]
+    assert claims[-1].outcome is ClaimOutcome.EXHAUSTED
+
+
+async def test_attempt_that_vanishes_alone_is_counted(stores: Stores) -> None:
+    id = await submit(stores)
+    assert stores.worker.mark_alone(id, claim(stores, id, now=NOW))
+    _, second = claim_as(stores, id, now=NOW + 20, traceparent=SPANS[0])
+
+    _, third = claim_as(stores, id, now=NOW + 40, traceparent=SPANS[0])
+
+    assert (second.attempt, second.forgiven) == (2, 0)
+    assert (third.attempt, third.forgiven) == (3, 1), "the mark was the first attempt's, not the second's"
+
+
+async def test_forgiven_release_keeps_its_number_and_does_not_count(stores: Stores) -> None:
+    id = await submit(stores, max_attempts=1)
+    token = claim(stores, id)
+
+    stores.worker.release(id, token, now=NOW + 2, failure=CRASH, is_forgiven=True)
+    _, second = claim_as(stores, id, now=NOW + 3, traceparent=SPANS[0])
+
+    assert (second.outcome, second.attempt, second.forgiven) == (ClaimOutcome.CLAIMED, 2, 1)
+
+
+async def test_only_the_lease_holder_can_be_marked_alone(stores: Stores) -> None:
+    id = await submit(stores)
+    late = claim(stores, id, now=NOW)
+    claim(stores, id, now=NOW + 20, worker=OTHER_WORKER)
+
+    assert not stores.worker.mark_alone(id, late)
+    assert not stores.worker.mark_alone(JobId("job_unknown"), late)
 
 
 async def test_first_claim_tells_of_no_attempt_before(stores: Stores) -> None:
@@ -312,7 +356,8 @@ async def test_claim_that_ends_a_job_tells_of_its_last_attempt(stores: Stores) -
     cancelled = await submit(stores)
     expired = await submit(stores, expires_at=NOW + 10)
     for id in (exhausted, cancelled, expired):
-        claim_as(stores, id, now=NOW + 1, traceparent=SPANS[0])
+        token, _ = claim_as(stores, id, now=NOW + 1, traceparent=SPANS[0])
+        assert stores.worker.mark_alone(id, token)
     await stores.api.cancel(cancelled, now=NOW + 2)
 
     ends = [

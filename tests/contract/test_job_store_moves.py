@@ -9,6 +9,7 @@ import pytest
 
 from jobs.model import Failure, JobId, LeaseToken, WorkerId, new_lease_token
 from jobs.states import MOVES, JobState
+from jobs.store import FORGIVEN_LIMIT
 from tests.support.job_factory import NOW, completed, failed, new_job
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ async def test_store_makes_only_lawful_moves_whatever_is_asked(stores: Stores, s
         stored = await stores.api.get(job.id)
         assert stored is not None
         assert stored.state is state or stored.state in _reachable(state)
-        assert stored.attempts <= job.max_attempts
+        assert stored.attempts <= job.max_attempts + FORGIVEN_LIMIT
         assert await stores.api.count_open(job.queue) == (0 if stored.state.is_final else 1)
         finals += stored.state.is_final and not state.is_final
         state = stored.state
@@ -46,15 +47,19 @@ async def _ask_something(
     stores: Stores, rng: random.Random, id: JobId, token: LeaseToken, now: float
 ) -> None:
     worker = WorkerId("worker-1")
-    match rng.randrange(8):
+    match rng.randrange(9):
         case 0 | 1 | 2:
             stores.worker.claim(id, token, worker, now=now, lease_seconds=9)
         case 3:
             stores.worker.renew({id: token}, now=now, lease_seconds=9)
         case 4:
             failure = Failure(reason="engine_crashed", message="ended", retryable=True)
-            stores.worker.release(id, token, now=now, failure=rng.choice([failure, None]))
+            stores.worker.release(
+                id, token, now=now, failure=rng.choice([failure, None]), is_forgiven=rng.random() < 0.5
+            )
         case 5:
             stores.worker.settle(id, token, rng.choice([completed(), failed()]), now=now)
-        case 6 if rng.random() < 0.2:
+        case 6:
+            stores.worker.mark_alone(id, token)
+        case 7 if rng.random() < 0.2:
             await stores.api.cancel(id, now=now)

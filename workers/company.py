@@ -1,0 +1,110 @@
+"""Who may be in the engine together, so that a job that kills it takes nobody with it.
+
+    attempts that died in company before    0         1            2 and more
+    may share the engine with               anybody   7 like it    nobody
+
+When an engine dies nobody can say which of its jobs did it, so none is charged; but each runs in smaller
+company the next time, and in the end alone, where there is no doubt. Grades never mix: a fresh job meets no
+suspect. See docs/decisions/0005-jobs-that-kill-their-engine.md.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, InvalidStateError
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+COMPANY_OF_SUSPECTS = 8
+"""About the square root of what an engine holds: a cleared crowd takes as many rounds as the one with the
+culprit takes lone runs."""
+
+Place = Future[None]
+"""Done when its attempt may go in; whoever waits for it may end it early with an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """How careful the engine must be with a job."""
+
+    max_together: float
+
+    @property
+    def is_alone(self) -> bool:
+        return self.max_together == 1
+
+
+FRESH, SUSPECT, ALONE = Grade(float("inf")), Grade(COMPANY_OF_SUSPECTS), Grade(1)
+
+
+def grade_of(num_forgiven: int) -> Grade:
+    """The grade of a job after so many attempts that died in company."""
+    return (FRESH, SUSPECT, ALONE)[min(num_forgiven, 2)]
+
+
+class Company:
+    """The door of one engine. Safe from any thread.
+
+    While others wait, a grade that is inside gets no newcomers; when the last has left, all that
+    wait and are of the grade of the longest waiter go in. So no grade starves another.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._grade = FRESH
+        self._waiting: list[tuple[Grade, Place]] = []
+
+    @contextmanager
+    def join(self, grade: Grade, wait: Callable[[Place], None]) -> Iterator[None]:
+        """Be inside for the block; `wait` blocks until its argument is done, and may raise instead."""
+        try:
+            wait(self._ask(grade))
+        except BaseException:
+            self._open()  # somebody may have waited behind us alone
+            raise
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def check_invariants(self) -> None:
+        with self._lock:
+            assert 0 <= self._inside <= self._grade.max_together
+            assert self._inside > 0 or not any(not place.done() for _, place in self._waiting)
+
+    def _ask(self, grade: Grade) -> Place:
+        place: Place = Future()
+        with self._lock:
+            self._waiting.append((grade, place))
+            self._admit()
+        return place
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            self._admit()
+
+    def _open(self) -> None:
+        with self._lock:
+            self._admit()
+
+    def _admit(self) -> None:
+        waiting = [(grade, place) for grade, place in self._waiting if not place.done()]
+        if waiting and self._inside == 0:
+            self._grade = waiting[0][0]
+        elif any(grade != self._grade for grade, _ in waiting):
+            self._waiting = waiting
+            return
+        self._waiting = [entry for entry in waiting if not self._let_in(*entry)]
+
+    def _let_in(self, grade: Grade, place: Place) -> bool:
+        if grade != self._grade or self._inside >= self._grade.max_together:
+            return False
+        try:
+            place.set_result(None)
+        except InvalidStateError:  # ended early, in this instant
+            return True
+        self._inside += 1
+        return True
