@@ -36,6 +36,7 @@ SPAN_STORE_JOB: Final = "store job"
 SPAN_FETCH_RESULT: Final = "fetch result"
 SPAN_CLAIM: Final = "claim"
 SPAN_ENGINE_INTERRUPTED: Final = "engine.interrupted"
+SPAN_ENGINE_STEP: Final = "engine.step"
 
 # Ours: what a client can search a trace by.
 JOB_ID: Final = "job.id"
@@ -58,6 +59,18 @@ STEPS: Final = "throughline.engine.steps"
 PREEMPTIONS: Final = "throughline.engine.preemptions"
 PHASE_TOKENS: Final = "throughline.engine.phase.tokens"
 PHASE_STEPS: Final = "throughline.engine.phase.steps"
+STEP_BATCH_SIZE: Final = "throughline.engine.step.batch_size"
+STEP_PREFILL_TOKENS: Final = "throughline.engine.step.prefill_tokens"
+STEP_DECODE_TOKENS: Final = "throughline.engine.step.decode_tokens"
+STEP_BLOCKS_USED: Final = "throughline.engine.step.kv_blocks_used"
+STEP_BLOCKS_TOTAL: Final = "throughline.engine.step.kv_blocks_total"
+STEP_RUNNING: Final = "throughline.engine.step.running"
+STEP_WAITING: Final = "throughline.engine.step.waiting"
+STEP_PREEMPTED: Final = "throughline.engine.step.preempted"
+STEP_JOINED: Final = "throughline.engine.step.joined"
+STEP_LEFT: Final = "throughline.engine.step.left"
+STEP_LINKS_OMITTED: Final = "throughline.engine.step.links_omitted"
+STEP_SLOW: Final = "throughline.engine.step.slow"
 
 # Messaging.
 MESSAGING_SYSTEM_KEY: Final = "messaging.system"
@@ -97,6 +110,9 @@ SERVER_PORT: Final = "server.port"
 # Values of LINK_ROLE.
 LINK_CREATION: Final = "creation"
 LINK_PREVIOUS_ATTEMPT: Final = "previous_attempt"
+LINK_JOINED: Final = "joined"
+LINK_LEFT: Final = "left"
+LINK_STEP: Final = "step"
 LINK_ATTEMPT: Final = "attempt"
 
 
@@ -151,6 +167,18 @@ _MESSAGING = (
     MESSAGING_OPERATION_TYPE,
     MESSAGING_DESTINATION_NAME,
     MESSAGING_MESSAGE_ID,
+)
+_STEP = (
+    STEP_BATCH_SIZE,
+    STEP_PREFILL_TOKENS,
+    STEP_DECODE_TOKENS,
+    STEP_BLOCKS_USED,
+    STEP_BLOCKS_TOTAL,
+    STEP_RUNNING,
+    STEP_WAITING,
+    STEP_PREEMPTED,
+    STEP_JOINED,
+    STEP_LEFT,
 )
 
 SPANS: Final[tuple[SpanShape, ...]] = (
@@ -218,6 +246,7 @@ SPANS: Final[tuple[SpanShape, ...]] = (
     SpanShape(SPAN_ENGINE_PREFILL, ("INTERNAL",), "worker", (), (PHASE_TOKENS, PHASE_STEPS)),
     SpanShape(SPAN_ENGINE_DECODE, ("INTERNAL",), "worker", (), (PHASE_TOKENS, PHASE_STEPS)),
     SpanShape(SPAN_ENGINE_INTERRUPTED, ("INTERNAL",), "worker", (JOB_ID,)),
+    SpanShape(SPAN_ENGINE_STEP, ("INTERNAL",), "worker", _STEP, (STEP_LINKS_OMITTED, STEP_SLOW)),
     SpanShape(SPAN_ACCEPT, ("INTERNAL",), "api", ()),
     SpanShape(SPAN_STORE_JOB, ("INTERNAL",), "api", (JOB_ID,)),
     SpanShape(SPAN_WAIT_RESULT, ("INTERNAL",), "api", (JOB_ID,)),
@@ -243,8 +272,10 @@ ATTRIBUTES: Final[tuple[Attribute, ...]] = (
         PREEMPTIONS,
         PHASE_TOKENS,
         PHASE_STEPS,
+        *_STEP,
+        STEP_LINKS_OMITTED,
     ),
-    *_attributes(Source.OWN, "boolean", JOB_REDELIVERED, CLOCK_SKEWED, REQUEST_BEAM_SEARCH),
+    *_attributes(Source.OWN, "boolean", JOB_REDELIVERED, CLOCK_SKEWED, REQUEST_BEAM_SEARCH, STEP_SLOW),
     *_attributes(Source.OWN, "double", QUEUE_WAIT, TIME_TO_FIRST_TOKEN, BATCH_SIZE_MEAN),
     *_attributes(Source.MESSAGING, "string", *_MESSAGING),
     *_attributes(

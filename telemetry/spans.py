@@ -9,6 +9,7 @@ for its trace.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,12 +40,14 @@ class Phase:
     """One stay of a request in one phase of the engine; a preempted request has more than one of each.
 
     `attributes` are own keys of `telemetry.names` (`PHASE_TOKENS`, `PHASE_STEPS`), never `gen_ai.*`.
+    `step` is the drawn step that the phase began with, if it was drawn.
     """
 
     name: PhaseName
     start_ns: int
     end_ns: int
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
+    step: SpanContext | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,6 +305,11 @@ def store_result(job_id: str) -> Iterator[Span]:
         yield span
 
 
+def wall_ns(monotonic_seconds: float) -> int:
+    """A stamp of the monotonic clock, which all processes of a machine share, as spans want it."""
+    return time.time_ns() - time.monotonic_ns() + round(monotonic_seconds * 1e9)
+
+
 def link_to(context: Context, role: str) -> list[Link]:
     """A list of one link to the span in `context`; empty where there is none."""
     target = trace.get_current_span(context).get_span_context()
@@ -381,6 +389,7 @@ def _draw_phase(tracer: Tracer, context: Context, phase: Phase) -> None:
         context,
         kind=SpanKind.INTERNAL,
         attributes=dict(phase.attributes),
+        links=[Link(phase.step, {names.LINK_ROLE: names.LINK_STEP})] if phase.step else None,
         start_time=phase.start_ns,
     )
     span.end(max(phase.end_ns, phase.start_ns))

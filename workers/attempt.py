@@ -39,7 +39,7 @@ from workers.observe import AttemptObserver
 from workers.pool import JobStopped, TaskHandle, current_handle
 from workers.protocol import EngineRequest
 from workers.result import AttemptStamps, job_result, job_timings
-from workers.runtime import Runtime
+from workers.runtime import Generation, Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class AttemptRunner:
             params = sampling_params(request.sampling)
             requests = engine_requests(delivery.id, token, request, params)
             with self.holding.hold(held), self._in_company(delivery.id, claim, token):
-                outputs = self._run_engine(delivery, requests, handle)
+                generation, outputs = self._run_engine(delivery, requests, handle)
         except (InvalidRequestError, EngineRefused) as refusal:
             return self._settle(delivery, token, Settlement(JobState.FAILED, failure=_as_failure(refusal)))
         except CancelWished:
@@ -127,7 +127,7 @@ class AttemptRunner:
             self._release(delivery.id, token, None)
             raise
         generated_at = self.clock.now()
-        self.observer.generated(delivery, request, params, outputs)
+        self.observer.generated(delivery, request, params, outputs, generation.traced)
         stamps = AttemptStamps(claim.queued_at, claimed_at, generated_at, settled_at=self.clock.now())
         return self._settle(delivery, token, _settlement(outputs, stamps))
 
@@ -146,11 +146,11 @@ class AttemptRunner:
 
     def _run_engine(
         self, delivery: Delivery, requests: tuple[EngineRequest, ...], handle: TaskHandle
-    ) -> tuple[RequestOutput, ...]:
+    ) -> tuple[Generation, tuple[RequestOutput, ...]]:
         submitted_at_ns = time_ns()
         generation = self.runtime.submit(requests)
         try:
-            return handle.wait(generation.future)
+            return generation, handle.wait(generation.future)
         except BaseException as ending:
             self.observer.interrupted(delivery, submitted_at_ns)
             if not isinstance(ending, EngineLost):  # after which nothing is left to abort

@@ -32,6 +32,7 @@ from workers.protocol import (
     StepTally,
 )
 from workers.runtime import Generation, GenerationTable
+from workers.steps import UNTRACED, StepTracer
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class ChildRuntime:
         stall_seconds: float,
         on_fatal: Callable[[str], None],
         on_steps: Callable[[StepTally], None] = lambda tally: None,
+        steps: StepTracer = UNTRACED,
     ) -> None:
         """Both are called from other threads: `on_fatal` once, when the engine cannot be brought back;
         `on_steps` with every tally.
@@ -59,6 +61,7 @@ class ChildRuntime:
         self._stall_seconds = stall_seconds
         self._on_fatal = on_fatal
         self._on_steps = on_steps
+        self._steps = steps
         self._table = GenerationTable()
         self._lock = threading.Lock()  # one sender at a time, and the swap of the connection
         self._child: EngineChild | None = None
@@ -76,9 +79,10 @@ class ChildRuntime:
         return facts
 
     def submit(self, requests: tuple[EngineRequest, ...]) -> Generation:
-        generation = self._table.add(requests)
+        generation = self._table.add(requests, self._steps.enter(requests))
         self._wait_until_up()
         if not generation.future.done() and not self._send(Add(requests)):
+            self._steps.leave(generation.request_ids)
             self._table.fail(requests[0].id, EngineLost("engine_crashed", "the engine is being restarted"))
         return generation
 
@@ -112,7 +116,7 @@ class ChildRuntime:
         child = EngineChild()
         self._child = child
         try:
-            facts = child.load(self._config, self._start_seconds)
+            facts = child.load(Start(self._config, self._steps.sampling), self._start_seconds)
         except EngineStartError:
             child.close()
             raise
@@ -147,6 +151,7 @@ class ChildRuntime:
             self._stats = event.stats
         if event.tally is not None:
             self._on_steps(event.tally)
+        self._steps.progressed(event)
         for output in event.finished:
             self._deaths_in_a_row = 0
             self._table.take(output)
@@ -164,6 +169,7 @@ class ChildRuntime:
         reason = self._kill_reason or "engine_crashed"
         self._kill_reason = None
         self._stats = None
+        self._steps.leave_all()
         message = f"the engine process ended with {describe_exit(code)}"
         logger.error("%s; starting another", message)
         self._table.fail_all(EngineLost(reason, message))
@@ -205,9 +211,9 @@ class EngineChild:
         theirs.close()
         self.connection = Connection(os.dup(self._line.fileno()))
 
-    def load(self, config: EngineConfig, timeout_seconds: float) -> ModelFacts:
+    def load(self, start: Start, timeout_seconds: float) -> ModelFacts:
         try:
-            self.connection.send(Start(config))
+            self.connection.send(start)
             if not self.connection.poll(timeout_seconds):
                 raise EngineStartError(f"the model did not load within {timeout_seconds:.0f} s")
             event: Event = self.connection.recv()

@@ -29,6 +29,7 @@ from workers.protocol import (
     Refused,
     Start,
     StartFailed,
+    StepSampling,
     StepTally,
 )
 
@@ -38,12 +39,15 @@ _PR_SET_PDEATHSIG = 1
 class EngineLoop:
     """Takes commands between steps and tells what finished. Used in a process of its own or in a thread."""
 
-    def __init__(self, engine: Engine, connection: Connection) -> None:
+    def __init__(self, engine: Engine, connection: Connection, sampling: StepSampling | None = None) -> None:
         self._engine = engine
         self._connection = connection
         self._refused: list[Refused] = []
         self._durations: list[float] = []
         self._num_preempted = 0
+        self._sampling = sampling
+        self._num_steps = 0
+        self._sampled: list[StepStats] = []
         self._last_said = monotonic()
 
     def run(self) -> None:
@@ -88,12 +92,21 @@ class EngineLoop:
         output = self._engine.step()
         self._durations.append(output.stats.duration_seconds)
         self._num_preempted += output.stats.num_preempted
+        if self._sampling is not None:
+            self._sample(self._sampling, output.stats)
         if output.finished or self._refused or self._is_due():
             self._say(output.finished, output.stats)
 
+    def _sample(self, sampling: StepSampling, stats: StepStats) -> None:
+        self._num_steps += 1
+        if sampling.chooses(self._num_steps, stats.duration_seconds):
+            self._sampled.append(stats)
+
     def _say(self, finished: tuple[RequestOutput, ...], stats: StepStats | None = None) -> None:
-        self._connection.send(Progress(finished, tuple(self._refused), stats, self._take_tally()))
+        refused, sampled = tuple(self._refused), tuple(self._sampled)
+        self._connection.send(Progress(finished, refused, stats, self._take_tally(), sampled))
         self._refused.clear()
+        self._sampled.clear()
         self._last_said = monotonic()
 
     def _take_tally(self) -> StepTally | None:
@@ -129,7 +142,7 @@ def serve(connection: Connection) -> None:
         connection.send(StartFailed(str(error)))
         return
     connection.send(Ready(model_facts(engine)))
-    EngineLoop(engine, connection).run()
+    EngineLoop(engine, connection, start.sampling).run()
 
 
 def main() -> None:

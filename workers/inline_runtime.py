@@ -14,17 +14,23 @@ from workers.child_runtime import hang_up
 from workers.errors import EngineLost, EngineStartError
 from workers.protocol import Abort, Add, EngineRequest, ModelFacts, StepTally
 from workers.runtime import Generation, GenerationTable
+from workers.steps import UNTRACED, StepTracer
 
 
 class InlineRuntime:
     """`workers.runtime.Runtime` for debugging."""
 
     def __init__(
-        self, config: EngineConfig, *, on_steps: Callable[[StepTally], None] = lambda tally: None
+        self,
+        config: EngineConfig,
+        *,
+        on_steps: Callable[[StepTally], None] = lambda tally: None,
+        steps: StepTracer = UNTRACED,
     ) -> None:
         """`on_steps` is called from another thread with every tally."""
         self._config = config
         self._on_steps = on_steps
+        self._steps = steps
         self._table = GenerationTable()
         self._lock = threading.Lock()
         self._line: socket.socket | None = None
@@ -42,13 +48,13 @@ class InlineRuntime:
             raise EngineStartError(str(error)) from error
         self._line, theirs = socket.socketpair()
         self._connection = Connection(os.dup(self._line.fileno()))
-        loop = EngineLoop(engine, Connection(theirs.detach()))
+        loop = EngineLoop(engine, Connection(theirs.detach()), self._steps.sampling)
         threading.Thread(target=loop.run, name="engine", daemon=True).start()
         threading.Thread(target=self._read, name="engine-reader", daemon=True).start()
         return model_facts(engine)
 
     def submit(self, requests: tuple[EngineRequest, ...]) -> Generation:
-        generation = self._table.add(requests)
+        generation = self._table.add(requests, self._steps.enter(requests))
         self._send(Add(requests))
         return generation
 
@@ -82,6 +88,7 @@ class InlineRuntime:
             self._stats = event.stats or self._stats
             if event.tally is not None:
                 self._on_steps(event.tally)
+            self._steps.progressed(event)
             for output in event.finished:
                 self._table.take(output)
             for refusal in event.refused:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from opentelemetry import context as otel_context
+from opentelemetry.trace import SpanContext
 
 from engine.outputs import RequestOutput
 from engine.sampling import SamplingParams
@@ -20,6 +22,7 @@ from telemetry import spans
 from workers.delivery import Delivery
 from workers.measure import SILENT, WorkerMetrics
 from workers.settings import DEFAULT_ITEM_SPANS
+from workers.steps import TracedRequest
 
 logger = logging.getLogger(__name__)
 
@@ -96,11 +99,14 @@ class AttemptObserver:
         request: JobRequest,
         params: SamplingParams,
         outputs: tuple[RequestOutput, ...],
+        traced: Mapping[str, TracedRequest] = MappingProxyType({}),
     ) -> None:
+        """`traced` is the generation's; it links each prefill to the drawn step that admitted its request."""
         self.metrics.generated(delivery, outputs)
         current = otel_context.get_current()
         for index, (output, prompt) in enumerate(zip(outputs, request.prompts, strict=True)):
-            record = self._record(delivery, params, output, prompt.text if self.captures_content else None)
+            text = prompt.text if self.captures_content else None
+            record = self._record(delivery, params, output, text, traced.get(output.request_id))
             if len(outputs) > 1:
                 record = replace(record, item_index=index)
             if index < self.max_item_spans:
@@ -148,7 +154,12 @@ class AttemptObserver:
         )
 
     def _record(
-        self, delivery: Delivery, params: SamplingParams, output: RequestOutput, prompt: str | None
+        self,
+        delivery: Delivery,
+        params: SamplingParams,
+        output: RequestOutput,
+        prompt: str | None,
+        traced: TracedRequest | None,
     ) -> spans.GenerationRecord:
         phases = output.phases
         first = phases.first_token_at
@@ -156,8 +167,8 @@ class AttemptObserver:
             model=self.model,
             response_id=f"cmpl-{delivery.id}",
             job_id=delivery.id,
-            started_at_ns=_wall_ns(phases.arrived_at),
-            ended_at_ns=_wall_ns(phases.finished_at),
+            started_at_ns=spans.wall_ns(phases.arrived_at),
+            ended_at_ns=spans.wall_ns(phases.finished_at),
             finish_reasons=tuple(completion.finish_reason for completion in output.completions),
             input_tokens=output.usage.prompt_tokens,
             output_tokens=output.usage.completion_tokens,
@@ -172,7 +183,7 @@ class AttemptObserver:
             stop_sequences=params.stop,
             choice_count=params.n,
             uses_beam_search=params.use_beam_search,
-            phases=_phases(phases),
+            phases=_phases(phases, traced.admitted_by if traced else {}),
             time_to_first_token_seconds=None if first is None else first - phases.arrived_at,
             mean_batch_size=phases.mean_batch_size,
             max_batch_size=phases.max_batch_size,
@@ -191,13 +202,13 @@ def _waiting_since_ns(delivery: Delivery, claim: Claim) -> int | None:
     return delivery.enqueued_at_ns if claim.released_at is None else round(claim.released_at * 1e9)
 
 
-def _phases(phases: RequestPhases) -> tuple[spans.Phase, ...]:
+def _phases(phases: RequestPhases, admitted_by: Mapping[float, SpanContext]) -> tuple[spans.Phase, ...]:
     return tuple(
-        spans.Phase(name=interval.name, start_ns=_wall_ns(interval.start), end_ns=_wall_ns(interval.end))
+        spans.Phase(
+            name=interval.name,
+            start_ns=spans.wall_ns(interval.start),
+            end_ns=spans.wall_ns(interval.end),
+            step=admitted_by.get(interval.start) if interval.name == "prefill" else None,
+        )
         for interval in phases.intervals
     )
-
-
-def _wall_ns(monotonic_seconds: float) -> int:
-    """The engine stamps by the monotonic clock, which its process and this one share on one machine."""
-    return time.time_ns() - time.monotonic_ns() + round(monotonic_seconds * 1e9)

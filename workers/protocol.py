@@ -1,7 +1,7 @@
 """What crosses between a worker and its engine process.
 
     worker ──Start──▶ engine          ◀──Ready | StartFailed──
-           ──Add, Abort──▶            ◀──Progress (a step's finished requests, its statistics)──
+           ──Add, Abort──▶            ◀──Progress (finished requests, statistics, sampled steps)──
            ──(connection closed)──▶   ends
 
 Both ends are ours and of one version, on one machine, over a socket pair that nobody else can open;
@@ -11,6 +11,7 @@ hence pickled dataclasses through `multiprocessing.connection`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import floor
 
 from engine.config import EngineConfig
 from engine.outputs import RequestOutput
@@ -19,8 +20,31 @@ from engine.stats import StepStats
 
 
 @dataclass(frozen=True, slots=True)
+class StepSampling:
+    """Which steps are told of one by one, to be drawn as spans.
+
+    Attributes:
+        ratio: From 0 to 1; of the first N steps `floor(N * ratio)` are chosen, evenly spaced.
+        slow_seconds: A step that took longer is chosen too; None chooses none for its length.
+    """
+
+    ratio: float = 0.0
+    slow_seconds: float | None = None
+
+    def chooses(self, number: int, duration_seconds: float) -> bool:
+        """`number` counts the engine's steps from 1."""
+        is_due = floor(number * self.ratio) > floor((number - 1) * self.ratio)
+        return is_due or self.is_slow(duration_seconds)
+
+    def is_slow(self, duration_seconds: float) -> bool:
+        return self.slow_seconds is not None and duration_seconds > self.slow_seconds
+
+
+@dataclass(frozen=True, slots=True)
 class Start:
     config: EngineConfig
+    sampling: StepSampling | None = None
+    """None where no step is to be told of by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +117,9 @@ class Progress:
     """Of the last step; None while there is nothing to do."""
     tally: StepTally | None = None
     """None where no step was made."""
+    steps: tuple[StepStats, ...] = ()
+    """Those that were sampled since the Progress before, in order; of a request among `finished` the step
+    that admitted it has been told by now."""
 
 
 Command = Start | Add | Abort

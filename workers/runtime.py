@@ -10,15 +10,17 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.outputs import RequestOutput
 from engine.stats import StepStats
 from workers.errors import EngineRefused
 from workers.protocol import EngineRequest, ModelFacts, Refused
+from workers.steps import TracedRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,8 @@ class Generation:
     request_ids: tuple[str, ...]
     future: Future[tuple[RequestOutput, ...]]
     """Outputs in the order of the requests; fails with EngineLost or EngineRefused."""
+    traced: Mapping[str, TracedRequest] = field(default_factory=dict)
+    """By request, where steps are traced; whole once the future is resolved."""
 
 
 class Runtime(Protocol):
@@ -41,7 +45,9 @@ class Runtime(Protocol):
         """
         ...
 
-    def submit(self, requests: tuple[EngineRequest, ...]) -> Generation: ...
+    def submit(self, requests: tuple[EngineRequest, ...]) -> Generation:
+        """Traced steps link to the span that is current in the caller's thread."""
+        ...
 
     def abort(self, generation: Generation) -> None:
         """Free its place in the batch at the next step; its future is left to the caller."""
@@ -64,8 +70,8 @@ class GenerationTable:
         self._generations: dict[str, Generation] = {}
         self._outputs: dict[str, RequestOutput] = {}
 
-    def add(self, requests: tuple[EngineRequest, ...]) -> Generation:
-        generation = Generation(tuple(request.id for request in requests), Future())
+    def add(self, requests: tuple[EngineRequest, ...], traced: Mapping[str, TracedRequest]) -> Generation:
+        generation = Generation(tuple(request.id for request in requests), Future(), traced)
         with self._lock:
             self._generations.update(dict.fromkeys(generation.request_ids, generation))
         return generation

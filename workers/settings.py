@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from engine import builtin
+from workers.protocol import StepSampling
 
 SEED_MODEL = "facebook/opt-125m"
 """The built-in model answers to this name too, so that the client of vLLM's tracing page works as it is."""
@@ -45,6 +46,10 @@ class WorkerSettings(BaseSettings):
     trace_item_spans: int = Field(default=DEFAULT_ITEM_SPANS, ge=0, le=10_000)
     """Prompts of one job whose generations stand in its own trace; each one beyond has a trace of its own,
     linked to the job. A trace page grows slow from about 2,000 spans on; a generation is four."""
+    trace_steps: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
+    """The part of the engine's steps that are drawn as spans, each a trace of its own; 0 draws none."""
+    trace_slow_steps_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """A step that takes longer is drawn whatever `trace_steps` says."""
     metrics_port: int = Field(default=0, ge=0, le=65535)
     """Where Prometheus finds `/metrics`; 0 is nowhere."""
     metrics_host: str = "127.0.0.1"
@@ -72,6 +77,12 @@ class WorkerSettings(BaseSettings):
             return (builtin.NAME, SEED_MODEL)
         folder = Path(self.model)
         return (folder.resolve().name if folder.is_dir() else self.model,)
+
+    @property
+    def step_sampling(self) -> StepSampling | None:
+        if self.trace_steps == 0 and self.trace_slow_steps_seconds is None:
+            return None
+        return StepSampling(self.trace_steps, self.trace_slow_steps_seconds)
 
     @property
     def engine_threads(self) -> int | None:
