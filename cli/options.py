@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from math import isfinite
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -57,7 +58,21 @@ def model_name(text: str) -> str:
     return name
 
 
+class _Finite(click.FloatRange):
+    """A range that refuses nan too, which compares with nothing, and infinity."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
 PORT = click.IntRange(1, 65535)
+RATIO = _Finite(0, 1)
+SECONDS = _Finite(0, min_open=True)
 REDIS_URL = url("redis", "rediss", "unix")
 OTLP_URL = url("grpc", "grpcs", "http", "https", bare_address=True)
 API_URL = url("http", "https")
@@ -116,8 +131,21 @@ def model_options(command: Command) -> Command:
 
 
 def engine_options(command: Command) -> Command:
-    """--dtype and --device."""
+    """--dtype, --device, --trace-steps and --trace-slow-steps."""
     for option in (
+        click.option(
+            "--trace-slow-steps",
+            type=SECONDS,
+            metavar="SECONDS",
+            help="Draw each engine step that takes longer, whatever --trace-steps says.",
+        ),
+        click.option(
+            "--trace-steps",
+            type=RATIO,
+            metavar="RATIO",
+            help="Draw this part of the engine's steps (0 to 1), each as a trace of its own, linked to the "
+            "jobs that join or leave in it; 0.01 is a good start.  [default: none]",
+        ),
         click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where the model runs."),
         click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Type of the weights."),
     ):

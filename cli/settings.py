@@ -27,6 +27,8 @@ class ServeOptions:
     otlp_traces_endpoint: str | None = None
     dtype: str | None = None
     device: str | None = None
+    trace_steps: float | None = None
+    trace_slow_steps_seconds: float | None = None
 
 
 def environment(options: ServeOptions, base: Mapping[str, str]) -> dict[str, str]:
@@ -41,9 +43,15 @@ def environment(options: ServeOptions, base: Mapping[str, str]) -> dict[str, str
         "THROUGHLINE_NUM_THREADS": None if model or has_threads else "1",
         "THROUGHLINE_DTYPE": options.dtype,
         "THROUGHLINE_DEVICE": options.device,
+        "THROUGHLINE_TRACE_STEPS": _number(options.trace_steps),
+        "THROUGHLINE_TRACE_SLOW_STEPS_SECONDS": _number(options.trace_slow_steps_seconds),
         "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": options.otlp_traces_endpoint,
     }
     return {**base, **{name: value for name, value in given.items() if value}}
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else str(value)
 
 
 def served_names(options: ServeOptions, base: Mapping[str, str]) -> tuple[str, ...]:

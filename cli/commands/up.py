@@ -32,6 +32,7 @@ EXIT_FORCED = 130
         "throughline up --workers 2 --port 8080 --redis-url redis://127.0.0.1:6379/0",
         "throughline up --otlp-traces-endpoint grpc://127.0.0.1:4317",
         "throughline up --trace-viewer            then: throughline trace JOB_ID",
+        "throughline up --trace-viewer --trace-steps 0.01 --trace-slow-steps 0.5",
     ),
 )
 @options.model_options
@@ -83,6 +84,8 @@ def command(
     redis_url: str | None,
     dtype: str | None,
     device: str | None,
+    trace_steps: float | None,
+    trace_slow_steps: float | None,
     state_dir: Path,
     grace_seconds: float,
     trace_viewer: bool,
@@ -102,7 +105,16 @@ def command(
 
     _check_viewer_endpoint(trace_viewer, otlp_traces_endpoint)
     _check_viewer_ports(trace_viewer, port, viewer_grpc_port, viewer_http_port)
-    serve = ServeOptions(model, served_model_names, redis_url, otlp_traces_endpoint, dtype, device)
+    serve = ServeOptions(
+        model,
+        served_model_names,
+        redis_url,
+        otlp_traces_endpoint,
+        dtype,
+        device,
+        trace_steps,
+        trace_slow_steps,
+    )
     stack_options = StackOptions(serve, host, port, num_workers, grace_seconds)
     with ExitStack() as exits:
         environ: Mapping[str, str] = os.environ

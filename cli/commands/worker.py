@@ -35,13 +35,24 @@ def command(
     otlp_traces_endpoint: str | None,
     dtype: str | None,
     device: str | None,
+    trace_steps: float | None,
+    trace_slow_steps: float | None,
 ) -> None:
     """Run one worker: an ordinary Celery worker whose tasks feed one continuously batching engine.
 
     SIGTERM asks it to finish or hand back what it holds. It exits with code 3 when the model cannot be
     loaded.
     """
-    serve = ServeOptions(model, served_model_names, redis_url, otlp_traces_endpoint, dtype, device)
+    serve = ServeOptions(
+        model,
+        served_model_names,
+        redis_url,
+        otlp_traces_endpoint,
+        dtype,
+        device,
+        trace_steps,
+        trace_slow_steps,
+    )
     environ = settings.with_project_importable(settings.environment(serve, os.environ))
     # Celery imports the app with its current folder first on the path, where another `workers` could lie.
     os.chdir(settings.PROJECT_FOLDER)

@@ -36,6 +36,11 @@ def refusal(*arguments: str) -> str:
         (["up", "--workers", "0"], "'--workers': 0 is not in the range 1<=x<=64"),
         (["up", "--dtype", "int3"], "'--dtype': 'int3' is not one of 'float32', 'bfloat16'"),
         (["up", "--device", "tpu"], "'--device': 'tpu' is not one of 'cpu', 'cuda'"),
+        (["up", "--trace-steps", "1.5"], "'--trace-steps': 1.5 is not in the range 0<=x<=1"),
+        (["worker", "--trace-steps", "nan"], "'--trace-steps': nan is not a finite number"),
+        (["worker", "--trace-steps", "few"], "'--trace-steps': 'few' is not a valid number"),
+        (["worker", "--trace-slow-steps", "0"], "'--trace-slow-steps': 0.0 is not in the range x>0"),
+        (["up", "--trace-slow-steps", "inf"], "'--trace-slow-steps': inf is not a finite number"),
         (
             ["up", "--redis-url", "http://x"],
             "'--redis-url': 'http://x' must begin with redis:// or rediss:// or unix://",

@@ -24,6 +24,17 @@ def test_option_beats_the_variable() -> None:
     assert made["THROUGHLINE_REDIS_URL"] == "unix:///new"
 
 
+def test_step_tracing_reaches_the_worker_and_can_be_turned_off_by_option() -> None:
+    variables = {"THROUGHLINE_TRACE_STEPS": "0.5"}
+
+    made = environment(ServeOptions(trace_steps=0.0, trace_slow_steps_seconds=0.25), variables)
+
+    assert made["THROUGHLINE_TRACE_STEPS"] == "0.0"
+    assert made["THROUGHLINE_TRACE_SLOW_STEPS_SECONDS"] == "0.25"
+    assert environment(ServeOptions(), variables)["THROUGHLINE_TRACE_STEPS"] == "0.5"
+    assert "THROUGHLINE_TRACE_SLOW_STEPS_SECONDS" not in environment(ServeOptions(), variables)
+
+
 @pytest.mark.parametrize(
     ("options", "base", "names"),
     [
