@@ -20,6 +20,7 @@ from api.middleware import BodyLimit, RequestContext
 from api.routes import completions, health, jobs, models
 from api.services import Connect, redis_backends, run_services
 from api.settings import ApiSettings
+from api.trace_link import TraceLinks
 from jobs.errors import JobsError
 from jobs.settings import JobsSettings, read_settings
 from telemetry import setup
@@ -88,10 +89,11 @@ def build_app(
         app.include_router(module.router)
     if metrics is not None:
         _show_metrics(app, metrics)
-    _handle_errors(app)
+    links = TraceLinks(settings.trace_url_template)
+    _handle_errors(app, links)
     # Added last is outermost.
-    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
-    app.add_middleware(RequestContext)
+    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, trace_links=links)
+    app.add_middleware(RequestContext, trace_links=links)
     if metrics is not None:
         app.add_middleware(RequestTimes, counted=counted)
     instrument_api(app)
@@ -105,23 +107,24 @@ def _show_metrics(app: FastAPI, metrics: Metrics) -> None:
         return Response(metrics.render(), media_type=CONTENT_TYPE)
 
 
-def _handle_errors(app: FastAPI) -> None:
-    app.add_exception_handler(ApiError, _answer_own)
-    app.add_exception_handler(JobsError, _answer_own)
-    app.add_exception_handler(HTTPException, _answer_http)
-    app.add_exception_handler(RequestValidationError, _answer_invalid)
+def _handle_errors(app: FastAPI, links: TraceLinks) -> None:
+    async def answer_own(request: Request, error: Any) -> JSONResponse:
+        return error_response(error, links)
+
+    async def answer_invalid(request: Request, error: Any) -> JSONResponse:
+        faults = [{**fault, "loc": fault["loc"][1:]} for fault in error.errors()]
+        return error_response(invalid_request(faults), links)
+
+    async def answer_http(request: Request, error: Any) -> JSONResponse:
+        return _http_response(request, error, links)
+
+    app.add_exception_handler(ApiError, answer_own)
+    app.add_exception_handler(JobsError, answer_own)
+    app.add_exception_handler(HTTPException, answer_http)
+    app.add_exception_handler(RequestValidationError, answer_invalid)
 
 
-async def _answer_own(request: Request, error: Any) -> JSONResponse:
-    return error_response(error)
-
-
-async def _answer_invalid(request: Request, error: Any) -> JSONResponse:
-    faults = [{**fault, "loc": fault["loc"][1:]} for fault in error.errors()]
-    return error_response(invalid_request(faults))
-
-
-async def _answer_http(request: Request, error: Any) -> JSONResponse:
+def _http_response(request: Request, error: Any, links: TraceLinks) -> JSONResponse:
     """Starlette's own refusals: unknown routes, wrong methods."""
     code: str | None
     match error.status_code:
@@ -132,7 +135,7 @@ async def _answer_http(request: Request, error: Any) -> JSONResponse:
         case _:
             message, code = str(error.detail), None
     return JSONResponse(
-        error_body(message, "invalid_request_error", code),
+        error_body(links, message, "invalid_request_error", code),
         status_code=error.status_code,
         headers=error.headers,
     )

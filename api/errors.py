@@ -33,6 +33,7 @@ from typing import Literal
 from fastapi.responses import JSONResponse
 
 from api.described import describe
+from api.trace_link import TraceLinks
 from jobs.errors import IdempotencyMismatch, JobsError, QueueFull, StoreUnavailable
 from jobs.model import Failure, JobId
 from jobs.states import JobState
@@ -210,11 +211,11 @@ TABLE: Mapping[type[Exception], ErrorReply] = {
 }
 
 
-def error_response(error: ApiError | JobsError) -> JSONResponse:
+def error_response(error: ApiError | JobsError, links: TraceLinks) -> JSONResponse:
     """The reply to an error that the table knows; an unknown one is answered as ours."""
     reply = TABLE.get(type(error))
     if reply is None:
-        return error_response(InternalError())
+        return error_response(InternalError(), links)
     own = error if isinstance(error, ApiError) else ApiError()
     should_retry = reply.should_retry if own.should_retry is None else own.should_retry
     headers: dict[str, str] = {}
@@ -225,13 +226,14 @@ def error_response(error: ApiError | JobsError) -> JSONResponse:
     if own.job_id is not None:
         headers |= {"X-Job-Id": own.job_id, "Location": f"/v1/jobs/{own.job_id}"}
     return JSONResponse(
-        error_body(str(error), reply.type, own.code or reply.code, param=own.param, job_id=own.job_id),
+        error_body(links, str(error), reply.type, own.code or reply.code, param=own.param, job_id=own.job_id),
         status_code=reply.status,
         headers=headers,
     )
 
 
 def error_body(
+    links: TraceLinks,
     message: str,
     type: ErrorType,
     code: str | None,
@@ -243,6 +245,8 @@ def error_body(
     fields = {"message": message, "type": type, "param": param, "code": code}
     if (trace_id := current_trace_id()) != NO_TRACE_ID:
         fields["trace_id"] = trace_id
+    if (page := links.to_current()) is not None:
+        fields["trace"] = page
     if job_id is not None:
         fields["job_id"] = job_id
     return {"error": fields}

@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import NO_TRACE_ID, BodyTooLarge, InternalError, Stopping, error_response
+from api.trace_link import TraceLinks
 from telemetry.http import current_trace_id
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -30,8 +31,9 @@ class RequestContext:
     out: it may quote what the client sent.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, trace_links: TraceLinks) -> None:
         self._app = app
+        self._trace_links = trace_links
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -44,14 +46,14 @@ class RequestContext:
             if reply.has_started:
                 raise
             # The server stops and waits no longer; another replica, or this one after its restart, will do.
-            await error_response(Stopping())(scope, receive, reply)
+            await error_response(Stopping(), self._trace_links)(scope, receive, reply)
         except ClientDisconnect:
             _logger.info("A client left while sending its body")
         except Exception as error:  # the edge: whatever it is, the client is owed a reply
             _log_failure(error, reply.request_id)
             if reply.has_started:
                 raise _AfterReplyStarted(type(error).__name__) from None
-            await error_response(InternalError())(scope, receive, reply)
+            await error_response(InternalError(), self._trace_links)(scope, receive, reply)
 
 
 class _AfterReplyStarted(RuntimeError):
@@ -79,8 +81,9 @@ class _StampedReply:
 class BodyLimit:
     """A body over the limit is answered with 413, at once where its length was announced."""
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, trace_links: TraceLinks) -> None:
         self._app = app
+        self._trace_links = trace_links
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,7 +94,8 @@ class BodyLimit:
         if len(announced) > _MAX_LENGTH_DIGITS or (
             announced.isdecimal() and int(announced) > self._max_body_bytes
         ):
-            await error_response(BodyTooLarge(self._max_body_bytes))(scope, receive, send)
+            refusal = error_response(BodyTooLarge(self._max_body_bytes), self._trace_links)
+            await refusal(scope, receive, send)
             return
         await self._app(scope, self._counting(receive), send)
 

@@ -12,13 +12,15 @@ from api.schemas import (
     PromptTokensDetails,
     UsageObject,
 )
+from api.trace_link import TraceLinks
 from jobs.model import Job, JobResult, NewJob, Usage
 from jobs.registry import ServedModel
 from jobs.states import JobState
 
 
-def job_object(job: Job) -> JobObject:
+def job_object(job: Job, trace_links: TraceLinks) -> JobObject:
     path = f"/v1/jobs/{job.id}"
+    trace = trace_links.to(job.traceparent)
     return JobObject(
         id=job.id,
         status=job.state,
@@ -42,10 +44,10 @@ def job_object(job: Job) -> JobObject:
         timings=job.timings,
         trace_id=job.trace_id,
         traceparent=job.traceparent,
-        error=_error(job),
-        result=completion_object(job, job.result) if job.result else None,
+        error=_error(job, trace),
+        result=completion_object(job, job.result, trace_links) if job.result else None,
         metadata=job.metadata,
-        links=JobLinks(self=path, result=f"{path}/result", cancel=f"{path}/cancel"),
+        links=JobLinks(self=path, result=f"{path}/result", cancel=f"{path}/cancel", trace=trace),
     )
 
 
@@ -67,8 +69,8 @@ def as_submitted(new: NewJob) -> Job:
     )
 
 
-def completion_object(job: Job, result: JobResult) -> CompletionObject:
-    """OpenAI's shape; choices are numbered through all prompts."""
+def completion_object(job: Job, result: JobResult, trace_links: TraceLinks) -> CompletionObject:
+    """OpenAI's shape, with the job's timings and trace; choices are numbered through all prompts."""
     choices = [choice for item in result.items for choice in item.choices]
     return CompletionObject(
         id=f"cmpl-{job.id}",
@@ -85,6 +87,9 @@ def completion_object(job: Job, result: JobResult) -> CompletionObject:
             for index, choice in enumerate(choices)
         ],
         usage=usage_object(result.usage),
+        timings=job.timings,
+        trace_id=job.trace_id,
+        trace=trace_links.to(job.traceparent),
     )
 
 
@@ -112,7 +117,7 @@ def model_object(model: ServedModel, *, created: int) -> ModelObject:
     )
 
 
-def _error(job: Job) -> ErrorFields | None:
+def _error(job: Job, trace: str | None) -> ErrorFields | None:
     """Only of a job that ended as failed: the failure of an attempt that is retried is not the job's."""
     if job.state is not JobState.FAILED or job.failure is None:
         return None
@@ -121,6 +126,7 @@ def _error(job: Job) -> ErrorFields | None:
         type="server_error",
         code=job.failure.reason,
         trace_id=job.trace_id,
+        trace=trace,
         job_id=job.id,
     )
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from api.presentation import job_object
 from api.schemas import ErrorObject
+from api.trace_link import TraceLinks
 from jobs.model import Job, JobId
 
 POLL_SECONDS = 1
@@ -34,16 +35,18 @@ def job_headers(id: JobId, *, replayed: bool = False) -> dict[str, str]:
     return headers | {"Idempotent-Replayed": "true"} if replayed else headers
 
 
-def job_reply(job: Job, headers: dict[str, str]) -> Response:
+def job_reply(job: Job, headers: dict[str, str], trace_links: TraceLinks) -> Response:
     """200 for a job that is done, else 202 and when to ask again."""
     if job.state.is_final:
-        return json_reply(job_object(job), 200, headers)
-    return json_reply(job_object(job), 202, headers | {"Retry-After": str(POLL_SECONDS)})
+        return json_reply(job_object(job, trace_links), 200, headers)
+    return json_reply(job_object(job, trace_links), 202, headers | {"Retry-After": str(POLL_SECONDS)})
 
 
-def cacheable_job_reply(request: Request, job: Job, headers: dict[str, str]) -> Response:
+def cacheable_job_reply(
+    request: Request, job: Job, headers: dict[str, str], trace_links: TraceLinks
+) -> Response:
     """200 with an ETag, or 304 when the client has this very state of the job."""
-    content = job_object(job).model_dump_json()
+    content = job_object(job, trace_links).model_dump_json()
     tag = f'"{hashlib.sha256(content.encode()).hexdigest()[:32]}"'
     headers = headers | {"ETag": tag, "Cache-Control": "private, no-cache"}
     known = {part.strip().removeprefix("W/") for part in request.headers.get("if-none-match", "").split(",")}

@@ -118,6 +118,12 @@ class CompletionObject(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: UsageObject
+    timings: Timings | None
+    """An addition to OpenAI's object, as are the two below it: where the time went."""
+    trace_id: str | None
+    """Of the request that created the job."""
+    trace: str | None
+    """Where that trace can be looked at; null without such a place, or when it was not sampled."""
 
 
 class ErrorFields(BaseModel):
@@ -126,6 +132,8 @@ class ErrorFields(BaseModel):
     param: str | None = None
     code: str | None = None
     trace_id: str | None = None
+    trace: str | None = None
+    """Where that trace can be looked at."""
     job_id: str | None = None
 
 
@@ -137,6 +145,8 @@ class JobLinks(BaseModel):
     self: str
     result: str
     cancel: str
+    trace: str | None
+    """Where the job's trace can be looked at; null without such a place, or when it was not sampled."""
 
 
 class JobObject(BaseModel):

@@ -17,6 +17,7 @@ from api.measure import SILENT, ApiMetrics, QueueWatch
 from api.prompts import Prompts
 from api.settings import ApiSettings
 from api.submission import Submission, SubmissionLimits
+from api.trace_link import TraceLinks
 from api.waiting import READ_SECONDS, ReplyReader
 from jobs.backlog import BacklogReader, RedisBacklog
 from jobs.clock import Clock, SystemClock
@@ -61,6 +62,7 @@ class Services:
     intake: Intake
     submission: Submission
     replies: ReplyReader
+    trace_links: TraceLinks
 
 
 async def get_services(request: Request) -> Services:
@@ -142,4 +144,5 @@ def _build(settings: ApiSettings, backends: Backends, metrics: ApiMetrics) -> Se
         intake=Intake(catalog, Prompts(backends.directory), backends.clock, intake_limits),
         submission=Submission(backends.store, backends.publisher, backends.clock, submission_limits, metrics),
         replies=ReplyReader(backends.store, ReplicaId(f"api-{uuid4().hex}"), stream=backends.reply_stream),
+        trace_links=TraceLinks(settings.trace_url_template),
     )

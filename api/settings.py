@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from api.trace_link import checked_template
 
 
 def _split_names(value: object) -> object:
@@ -36,3 +38,5 @@ class ApiSettings(BaseSettings):
     publish_threads: int = Field(default=4, ge=1, le=128)
     publish_timeout_seconds: float = Field(default=10.0, gt=0.0)
     """From asking for a thread to the broker's answer; beyond it 503."""
+    trace_url_template: Annotated[str, AfterValidator(checked_template)] | None = None
+    """Page of a trace, with {trace_id} in its place; replies and errors then link to it."""

@@ -50,6 +50,11 @@ class JobView:
         return str(self.raw.get("trace_id") or "")
 
     @property
+    def trace(self) -> str:
+        """Where its trace can be looked at; empty where the API names no such place."""
+        return str((self.raw.get("links") or {}).get("trace") or "")
+
+    @property
     def num_attempts(self) -> int:
         """How often a worker has begun it."""
         return int(self.raw.get("attempts") or 0)
@@ -184,6 +189,8 @@ def _refusal(answer: httpx.Response) -> ApiError:
     try:
         error = answer.json()["error"]
         message, code = str(error["message"]), str(error.get("code") or "")
+        if trace := error.get("trace"):
+            message += f"; trace: {trace}"
     except (ValueError, KeyError, TypeError):
         message, code = f"{answer.reason_phrase} from {answer.url}", ""
     return ApiError(

@@ -70,6 +70,16 @@ class _Finite(click.FloatRange):
         return number
 
 
+def trace_url_template(text: str) -> str:
+    """An option type: the page of a trace, with {trace_id} in its place."""
+    from api.trace_link import checked_template
+
+    try:
+        return checked_template(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} {error}") from error
+
+
 PORT = click.IntRange(1, 65535)
 RATIO = _Finite(0, 1)
 SECONDS = _Finite(0, min_open=True)

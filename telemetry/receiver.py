@@ -5,7 +5,8 @@ be sent. Only traces, only protobuf. Not for the open network: it has no authent
 
     exporter ──gRPC──▶ _TraceService ─┐
     exporter ──HTTP──▶ _TraceHandler ─┴▶ decode ──▶ _SpanStore ──▶ spans, trace, of_job, wait_for
-                                                                └─▶ GET /traces/{id}, /jobs/{id}/trace
+                                                                └─▶ GET /traces/{id}, /jobs/{id}/trace,
+                                                                    /trace/{id} for a browser
 """
 
 from __future__ import annotations
@@ -76,7 +77,10 @@ class Receiver:
 
     @property
     def read_url(self) -> str:
-        """Where spans are read: `/traces/{trace_id}` and `/jobs/{job_id}/trace` stand below it."""
+        """Where spans are read: `/traces/{trace_id}` and `/jobs/{job_id}/trace` stand below it.
+
+        So does `/trace/{trace_id}`, a page for a browser on this machine.
+        """
         return f"http://{self.host}:{self.http_port}"
 
     def start(self) -> None:
@@ -165,12 +169,22 @@ class Receiver:
 
 
 def _of_job(spans: list[SpanRecord], job_id: str) -> list[SpanRecord]:
-    # Requests that poll a job name it too, but are no part of its story.
     trace_ids = {
-        span.trace_id
-        for span in spans
-        if span.kind in ("PRODUCER", "CONSUMER") and span.attributes.get(names.JOB_ID) == job_id
+        span.trace_id for span in spans if _is_of_story(span) and span.attributes.get(names.JOB_ID) == job_id
     }
+    return [span for span in spans if span.trace_id in trace_ids]
+
+
+def _is_of_story(span: SpanRecord) -> bool:
+    """Requests that poll a job name it too, but are no part of its story; its messages and attempts are."""
+    return span.kind in ("PRODUCER", "CONSUMER") or names.JOB_ATTEMPT in span.attributes
+
+
+def _of_page(spans: list[SpanRecord], trace_id: str) -> list[SpanRecord]:
+    """The trace, with the other traces of the jobs that were sent or run in it."""
+    own = [span for span in spans if span.trace_id == trace_id]
+    job_ids = {str(span.attributes.get(names.JOB_ID)) for span in own if _is_of_story(span)}
+    trace_ids = {trace_id} | {span.trace_id for id in job_ids for span in _of_job(spans, id)}
     return [span for span in spans if span.trace_id in trace_ids]
 
 
@@ -272,26 +286,29 @@ class _TraceHandler(BaseHTTPRequestHandler):
             if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in _LOOPBACK:
                 # A page in somebody's browser may have its own name resolve to this machine.
                 raise _BadRequest(403, "the Host must be this machine's loopback")
-            spans = self._found(urlsplit(self.path).path)
+            body, content_type = self._found(urlsplit(self.path).path)
         except _BadRequest as refusal:
             self._answer(refusal.status, str(refusal).encode(), "text/plain")
         except ValueError:
             self._answer(400, b"no valid Host or path", "text/plain")
         else:
-            content = {
-                "spans": [to_json(span) for span in spans],
-                "num_evicted": self.server.store.num_evicted,
-            }
-            self._answer(200, json.dumps(content).encode(), "application/json")
+            self._answer(200, body, content_type)
 
-    def _found(self, path: str) -> list[SpanRecord]:
-        """Return the spans that the path asks for; none where none came, which may still change."""
+    def _found(self, path: str) -> tuple[bytes, str]:
+        """Return what the path asks for; as JSON no spans where none came, which may still change."""
+        spans = self.server.store.spans()
         match [unquote(part) for part in path.split("/")[1:]]:
             case ["traces", trace_id]:
-                return [span for span in self.server.store.spans() if span.trace_id == trace_id.lower()]
+                return self._as_json([span for span in spans if span.trace_id == trace_id.lower()])
             case ["jobs", job_id, "trace"]:
-                return _of_job(self.server.store.spans(), job_id)
-        raise _BadRequest(404, "only /traces/{trace_id} and /jobs/{job_id}/trace are read")
+                return self._as_json(_of_job(spans, job_id))
+            case ["trace", trace_id]:
+                return _page(_of_page(spans, trace_id.lower()), trace_id.lower())
+        raise _BadRequest(404, "only /traces/{trace_id}, /jobs/{job_id}/trace and /trace/{trace_id} are read")
+
+    def _as_json(self, spans: list[SpanRecord]) -> tuple[bytes, str]:
+        content = {"spans": [to_json(span) for span in spans], "num_evicted": self.server.store.num_evicted}
+        return json.dumps(content).encode(), "application/json"
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: the receiver speaks through its spans."""
@@ -310,6 +327,14 @@ class _TraceHandler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+
+def _page(spans: list[SpanRecord], trace_id: str) -> tuple[bytes, str]:
+    from telemetry.html import render_html  # not needed to receive spans
+
+    if not spans:
+        raise _BadRequest(404, "no span of this trace has come, or they made room for newer ones")
+    return render_html(spans, title=f"Trace {trace_id}").encode(), "text/html; charset=utf-8"
 
 
 def _unpack(body: bytes, encoding: str) -> bytes:

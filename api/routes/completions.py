@@ -82,7 +82,7 @@ async def _run(services: Services, call: _Call) -> Response:
         case WaitOutcome.ENDED:
             with fetch_result(accepted.id):
                 job = await _fetch(services, accepted.id)
-            return _answer(job, call, accepted)
+            return _answer(services, job, call, accepted)
         case WaitOutcome.CLIENT_GONE:
             if is_ours:
                 await services.submission.give_up(accepted.id)
@@ -100,12 +100,14 @@ async def _wait(services: Services, call: _Call, accepted: Accepted, ending: End
         return await wait_for(ending, call.wait_seconds, client_gone=call.client_gone)
 
 
-def _answer(job: Job, call: _Call, accepted: Accepted) -> Response:
+def _answer(services: Services, job: Job, call: _Call, accepted: Accepted) -> Response:
     match job.state:
         case JobState.COMPLETED if job.result is not None:
             headers = job_headers(job.id, replayed=accepted.replayed)
             return json_reply(
-                completion_object(job, job.result), 200, headers | call.preferences.applied(call.wait_seconds)
+                completion_object(job, job.result, services.trace_links),
+                200,
+                headers | call.preferences.applied(call.wait_seconds),
             )
         case JobState.FAILED:
             raise JobFailed(job.id, job.failure)
@@ -122,9 +124,9 @@ async def _give_up(services: Services, call: _Call, accepted: Accepted, *, is_ou
     if call.preferences.wants_job:
         job = await _fetch(services, accepted.id)
         if job.state.is_final:
-            return _answer(job, call, accepted)
+            return _answer(services, job, call, accepted)
         headers = job_headers(job.id, replayed=accepted.replayed)
-        return job_reply(job, headers | call.preferences.applied(call.wait_seconds))
+        return job_reply(job, headers | call.preferences.applied(call.wait_seconds), services.trace_links)
     if is_ours:
         await services.submission.give_up(accepted.id)
     raise WaitTimeout(accepted.id, call.wait_seconds, is_kept=not is_ours)

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Path, Request, Response
 from api.errors import JobLost, JobNotFound, NoResult, NotCancellable
 from api.preferences import Preferences, read_preferences, read_wait
 from api.presentation import as_submitted, completion_object, job_object
-from api.replies import ERRORS, POLL_SECONDS, cacheable_job_reply, job_headers, job_reply, json_reply
+from api.replies import ERRORS, cacheable_job_reply, job_headers, job_reply, json_reply
 from api.schemas import CompletionObject, JobBody, JobObject
 from api.services import Ready, Services
 from api.submission import Accepted
@@ -43,12 +43,12 @@ async def submit(request: Request, services: Ready) -> Response:
     accepted = await _submit_and_wait(services, new, seconds or 0.0)
     headers = job_headers(accepted.id, replayed=accepted.replayed) | preferences.applied(seconds)
     if not (seconds or accepted.replayed):
-        return job_reply(as_submitted(new), headers)
+        return job_reply(as_submitted(new), headers, services.trace_links)
     with fetch_result(accepted.id):
         job = await services.store.get(accepted.id, with_result=True)
     if job is None:
         raise JobLost(accepted.id)
-    return job_reply(job, headers)
+    return job_reply(job, headers, services.trace_links)
 
 
 @router.get("/{id}", response_model=JobObject, responses={**ERRORS})
@@ -62,7 +62,8 @@ async def read(request: Request, id: RawJobId, services: Ready) -> Response:
     if seconds := _granted(preferences.wait_seconds, services):
         await services.replies.wait(job_id, seconds)
     job = await _existing(services, job_id)
-    return cacheable_job_reply(request, job, {"X-Job-Id": job.id} | preferences.applied(seconds))
+    headers = {"X-Job-Id": job.id} | preferences.applied(seconds)
+    return cacheable_job_reply(request, job, headers, services.trace_links)
 
 
 @router.get(
@@ -74,10 +75,10 @@ async def read_result(id: RawJobId, services: Ready) -> Response:
     """The bare completion object of a completed job."""
     job = await _existing(services, _job_id(id))
     if not job.state.is_final:
-        return json_reply(job_object(job), 202, job_headers(job.id) | {"Retry-After": str(POLL_SECONDS)})
+        return job_reply(job, job_headers(job.id), services.trace_links)
     if job.result is None:
         raise NoResult(job.id, job.state)
-    return json_reply(completion_object(job, job.result), 200, {"X-Job-Id": job.id})
+    return json_reply(completion_object(job, job.result, services.trace_links), 200, {"X-Job-Id": job.id})
 
 
 @router.post("/{id}/cancel", response_model=JobObject, responses={**ERRORS})
@@ -88,7 +89,7 @@ async def cancel(id: RawJobId, services: Ready) -> Response:
     job = await _existing(services, job_id)
     if outcome is CancelOutcome.FINAL and job.state is not JobState.CANCELLED:
         raise NotCancellable(job.id, job.state)
-    return json_reply(job_object(job), 200, {"X-Job-Id": job.id})
+    return json_reply(job_object(job, services.trace_links), 200, {"X-Job-Id": job.id})
 
 
 async def _submit_and_wait(services: Services, new: NewJob, seconds: float) -> Accepted:

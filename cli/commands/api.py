@@ -23,6 +23,11 @@ from cli.settings import ServeOptions, environment
 @options.redis_option
 @options.model_options
 @click.option(
+    "--trace-url-template", type=options.trace_url_template, metavar="URL",
+    help="Page of a trace, with {trace_id} in its place, that replies and errors link to, as in "
+    "http://127.0.0.1:16686/trace/{trace_id}. Also THROUGHLINE_TRACE_URL_TEMPLATE.",
+)  # fmt: skip
+@click.option(
     "--drain-seconds", type=click.FloatRange(0, 3600), default=15.0, show_default=True,
     help="Time that requests in flight have to end after SIGTERM.",
 )  # fmt: skip
@@ -33,6 +38,7 @@ def command(
     model: str | None,
     served_model_names: tuple[str, ...],
     otlp_traces_endpoint: str | None,
+    trace_url_template: str | None,
     drain_seconds: float,
 ) -> None:
     """Run the HTTP API alone: it takes jobs and answers, and loads no model.
@@ -52,6 +58,8 @@ def command(
     )
     os.environ.update(environment(serve, os.environ))
     os.environ.update(THROUGHLINE_HOST=host, THROUGHLINE_PORT=str(port))
+    if trace_url_template is not None:
+        os.environ["THROUGHLINE_TRACE_URL_TEMPLATE"] = trace_url_template
     # Probes come several times a minute and would bury the requests.
     logging.getLogger("uvicorn.access").addFilter(lambda record: '"GET /health/' not in record.getMessage())
     uvicorn.run(

@@ -178,4 +178,5 @@ def _print(jobs: Sequence[JobView], prompts: Sequence[str], *, as_json: bool) ->
         for text in job.texts:
             click.echo(text)
         if job.status != "completed":
-            click.echo(f"{job.id}: {job.failure}", err=True)
+            trace = f"; trace: {job.trace}" if job.trace else ""
+            click.echo(f"{job.id}: {job.failure}{trace}", err=True)

@@ -23,12 +23,19 @@ _FLUSH_MILLISECONDS = 500
 
 @dataclass(frozen=True, slots=True)
 class ViewerAddress:
-    """Where a viewer is read, where spans are sent to it, and which API its stack has."""
+    """Where a viewer is read, where spans are sent to it, and which API its stack has.
+
+    `read_url` also has a page of each trace: `page_template`.
+    """
 
     read_url: str
     grpc_endpoint: str
     http_endpoint: str
     api_url: str
+
+    @property
+    def page_template(self) -> str:
+        return f"{self.read_url}/trace/{{trace_id}}"
 
 
 @contextmanager
@@ -62,6 +69,7 @@ def environment(address: ViewerAddress, base: Mapping[str, str]) -> dict[str, st
     """Return `base` such that the processes of the stack send their spans to the viewer, and soon."""
     return {
         "OTEL_BSP_SCHEDULE_DELAY": str(_FLUSH_MILLISECONDS),
+        "THROUGHLINE_TRACE_URL_TEMPLATE": address.page_template,
         **base,
         "OTEL_SDK_DISABLED": "false",
         "OTEL_TRACES_EXPORTER": "otlp",

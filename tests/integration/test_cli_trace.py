@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -23,10 +24,10 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
 
 
 @pytest.fixture(scope="module")
-def job(stack: RunningStack) -> dict[str, str]:
+def job(stack: RunningStack) -> dict[str, Any]:
     body = {"model": "throughline-tiny", "prompt": "San Francisco is a", "max_tokens": 4}
     job_id = httpx.post(f"{stack.url}/v1/jobs", json=body, timeout=30).json()["id"]
-    read: dict[str, str] = httpx.get(f"{stack.url}/v1/jobs/{job_id}", params={"wait": 30}, timeout=60).json()
+    read: dict[str, Any] = httpx.get(f"{stack.url}/v1/jobs/{job_id}", params={"wait": 30}, timeout=60).json()
     assert read["status"] == "completed"
     return read
 
@@ -40,7 +41,7 @@ def trace(stack: RunningStack, *arguments: str) -> subprocess.CompletedProcess[s
 
 
 def test_trace_shows_the_whole_tree_of_a_job_by_its_id_alone(
-    stack: RunningStack, job: dict[str, str]
+    stack: RunningStack, job: dict[str, Any]
 ) -> None:
     ended = trace(stack, job["id"], "--wait", "20")
 
@@ -54,7 +55,7 @@ def test_trace_shows_the_whole_tree_of_a_job_by_its_id_alone(
 
 
 def test_trace_writes_a_page_without_requests_when_asked_by_trace_id(
-    stack: RunningStack, job: dict[str, str], tmp_path: Path
+    stack: RunningStack, job: dict[str, Any], tmp_path: Path
 ) -> None:
     page = tmp_path / "trace.html"
 
@@ -65,6 +66,16 @@ def test_trace_writes_a_page_without_requests_when_asked_by_trace_id(
     assert "engine.decode" in html
     assert "San Francisco" not in html
     assert not re.search(r"https?://(?!127\.0\.0\.1)", html)
+
+
+def test_job_links_to_the_page_of_the_stack_s_own_viewer(stack: RunningStack, job: dict[str, Any]) -> None:
+    assert trace(stack, job["id"], "--wait", "20").returncode == 0  # its spans have come
+
+    page = httpx.get(job["links"]["trace"])
+
+    assert page.status_code == 200
+    assert job["trace_id"] in page.text
+    assert "engine.decode" in page.text
 
 
 def test_trace_says_that_the_job_is_unknown_when_it_is(stack: RunningStack) -> None:

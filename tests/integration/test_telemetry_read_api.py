@@ -77,6 +77,23 @@ def test_read_api_finds_all_traces_of_a_job_and_leaves_those_that_only_poll_it(r
     assert [span.name for span in receiver.of_job("job_1")] == ["span 1", "span 2", "span 3"]
 
 
+def test_page_of_a_trace_shows_the_other_traces_of_its_job(receiver: Receiver) -> None:
+    send(
+        receiver,
+        span_of(1, FIRST, Span.SPAN_KIND_PRODUCER, job_id="job_1"),
+        span_of(2, SECOND, Span.SPAN_KIND_INTERNAL, job_id="job_1", job_attempt="1"),
+        span_of(3, POLL, Span.SPAN_KIND_SERVER, job_id="job_1"),
+    )
+
+    page = httpx.get(f"{receiver.read_url}/trace/{FIRST.hex().upper()}")
+
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert "span 1" in page.text
+    assert "span 2" in page.text
+    assert "span 3" not in page.text
+    assert httpx.get(f"{receiver.read_url}/trace/{'a' * 32}").status_code == 404
+
+
 @pytest.mark.parametrize("path", ["/", "/traces", "/traces/a/b", "/jobs/a", "/jobs/a/trace/b", "/v1/traces"])
 def test_read_api_answers_404_when_nothing_is_served_there(receiver: Receiver, path: str) -> None:
     assert httpx.get(f"{receiver.read_url}{path}").status_code == 404

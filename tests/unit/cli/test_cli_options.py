@@ -55,6 +55,7 @@ def refusal(*arguments: str) -> str:
             "'--url': 'localhost:8000' must begin with http:// or https://",
         ),
         (["submit", "x", "--top-p", "0"], "'--top-p': 0.0 is not in the range"),
+        (["api", "--trace-url-template", "http://h/trace/1"], "'http://h/trace/1' must hold {trace_id}"),
         (["nonsense"], "No such command 'nonsense'"),
     ],
 )

@@ -113,6 +113,7 @@ def test_stack_sends_its_spans_to_the_viewer_whatever_its_environment_says() -> 
     settings = TelemetrySettings.from_environment(environ)
 
     assert environ["HOME"] == "/h"
+    assert environ["THROUGHLINE_TRACE_URL_TEMPLATE"] == "http://127.0.0.1:1/trace/{trace_id}"
     assert environ["OTEL_BSP_SCHEDULE_DELAY"] == "100"
     assert not settings.is_disabled
     assert "127.0.0.1:2" in str(settings)
