@@ -75,11 +75,12 @@ def step(
 
 def _links(joined: Iterable[SpanContext], left: Iterable[SpanContext]) -> list[Link]:
     targets = [(span, names.LINK_JOINED) for span in joined] + [(span, names.LINK_LEFT) for span in left]
-    return [
-        Link(span, {names.LINK_ROLE: role})
-        for span, role in dict.fromkeys(targets)
+    links = {
+        (span.trace_id, span.span_id, role): Link(span, {names.LINK_ROLE: role})
+        for span, role in targets
         if span.is_valid and span.trace_flags.sampled
-    ]
+    }
+    return list(links.values())
 
 
 def _attributes(record: StepRecord, *, num_omitted: int) -> dict[str, AttributeValue]:

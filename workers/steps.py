@@ -9,17 +9,20 @@ can link to it even when its job was cancelled and its attempt is over.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from opentelemetry import trace
-from opentelemetry.trace import SpanContext
+from opentelemetry.trace import SpanContext, Tracer
 
 from engine.stats import StepStats
 from telemetry import steps
 from telemetry.spans import wall_ns
 from workers.protocol import EngineRequest, Progress, StepSampling
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +45,9 @@ class StepTracer:
     Holds nothing and does nothing where `sampling` is None.
     """
 
-    def __init__(self, sampling: StepSampling | None) -> None:
+    def __init__(self, sampling: StepSampling | None, tracer: Tracer | None = None) -> None:
         self.sampling = sampling
+        self._tracer = tracer
         self._lock = threading.Lock()
         self._inside: dict[str, TracedRequest] = {}
 
@@ -61,8 +65,11 @@ class StepTracer:
         """Draw the steps, then forget who is gone; to be called before any of its futures resolves."""
         if self.sampling is None:
             return
-        for stats in progress.steps:
-            self._draw(stats, is_slow=self.sampling.is_slow(stats.duration_seconds))
+        try:
+            for stats in progress.steps:
+                self._draw(stats, is_slow=self.sampling.is_slow(stats.duration_seconds))
+        except Exception:  # a provider of somebody else's; the futures that wait for this thread must resolve
+            logger.exception("engine steps were not drawn")
         self.leave(output.request_id for output in progress.finished)
         self.leave(refusal.id for refusal in progress.refused)
 
@@ -86,6 +93,7 @@ class StepTracer:
             _record(stats, is_slow=is_slow),
             joined=[request.span for request in joined],
             left=[request.span for request in left],
+            tracer=self._tracer,
         )
         if span.trace_flags.sampled:
             for request in joined:
