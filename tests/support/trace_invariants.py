@@ -49,6 +49,7 @@ def check_trace_invariants(
         *_ids_and_times(spans),
         *_deliveries(ours),
         *_usage(ours),
+        *_steps(ours),
         *_vocabulary(ours),
         *_content(ours, list(canaries)),
         *_drops(spans),
@@ -182,6 +183,49 @@ def _sum(spans: Sequence[SpanRecord], job_id: str, told: tuple[int, int]) -> Ite
 
 def _is_generation(span: SpanRecord) -> bool:
     return span.name.startswith(f"{names.OPERATION_TEXT_COMPLETION} ")
+
+
+def _steps(spans: Sequence[SpanRecord]) -> Iterator[str]:
+    """A step and the prefill it began tell of each other; a step is nobody's child and nobody's parent."""
+    by_id = {span.span_id: span for span in spans}
+    for span in spans:
+        parent = by_id.get(span.parent_id or "")
+        if span.name == names.SPAN_ENGINE_STEP:
+            yield from _step_links(span, by_id)
+        if parent is not None and names.SPAN_ENGINE_STEP in (span.name, parent.name):
+            yield f"a step stands alone: {span.name} lies below {parent.name}"
+        for link in span.links:
+            step = by_id.get(link.span_id)
+            if link.attributes.get(names.LINK_ROLE) == names.LINK_STEP and step is not None:
+                yield from _admission(span, step, by_id)
+
+
+def _step_links(step: SpanRecord, by_id: Mapping[str, SpanRecord]) -> Iterator[str]:
+    seen = Counter((link.span_id, link.attributes.get(names.LINK_ROLE)) for link in step.links)
+    for (span_id, role), count in seen.items():
+        target = by_id.get(span_id)
+        if role not in (names.LINK_JOINED, names.LINK_LEFT) or count > 1:
+            yield f"a step links once to who joined and who left: {role} {span_id} came {count} times"
+        if target is not None and target.kind != "CONSUMER":
+            yield f"a step links to process spans: it links to {target.name}"
+
+
+def _admission(prefill: SpanRecord, step: SpanRecord, by_id: Mapping[str, SpanRecord]) -> Iterator[str]:
+    if prefill.name != names.SPAN_ENGINE_PREFILL or step.name != names.SPAN_ENGINE_STEP:
+        yield f"prefills link to steps: {prefill.name} links to {step.name}"
+    if abs(prefill.start_ns - step.start_ns) > _TOLERANCE_NS:
+        yield "a prefill begins with the step that it links to: one does not"
+    ancestors = {span.span_id for span in _ancestors(prefill, by_id)}
+    joined = {link.span_id for link in step.links if link.attributes[names.LINK_ROLE] == names.LINK_JOINED}
+    if not joined & ancestors and names.STEP_LINKS_OMITTED not in step.attributes:
+        yield "a step links to whom it admitted: a prefill's step does not know its process span"
+
+
+def _ancestors(span: SpanRecord, by_id: Mapping[str, SpanRecord]) -> Iterator[SpanRecord]:
+    above = by_id.get(span.parent_id or "")
+    while above is not None:
+        yield above
+        above = by_id.get(above.parent_id or "")
 
 
 def _vocabulary(spans: Sequence[SpanRecord]) -> Iterator[str]:

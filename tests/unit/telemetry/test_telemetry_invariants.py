@@ -136,6 +136,55 @@ def test_invariants_tell_a_breach_of_items(spans: list[SpanRecord], breach: str)
     assert breach in str(caught.value)
 
 
+STEP_ID = "8" * 16
+PREFILL = span(
+    9,
+    ITEM.span_id,
+    "engine.prefill",
+    "INTERNAL",
+    52,
+    55,
+    links=(LinkRecord("8" * 32, STEP_ID, {names.LINK_ROLE: names.LINK_STEP}),),
+)
+JOINED, LEFT = (
+    LinkRecord(TRACE_ID, SECOND.span_id, {names.LINK_ROLE: role})
+    for role in (names.LINK_JOINED, names.LINK_LEFT)
+)
+STEP = replace(
+    span(8, None, "engine.step", "INTERNAL", 52, 53, links=(JOINED, LEFT)),
+    trace_id="8" * 32,
+    span_id=STEP_ID,
+    attributes={f"throughline.engine.step.{key}": 1 for key in (
+        "batch_size", "prefill_tokens", "decode_tokens", "kv_blocks_used", "kv_blocks_total",
+        "running", "waiting", "preempted", "joined", "left",
+    )},
+)  # fmt: skip
+
+
+def test_invariants_hold_for_a_job_whose_first_step_is_drawn() -> None:
+    check_trace_invariants([*GOOD, ITEM, PREFILL, STEP], external={CLIENT})
+
+
+@pytest.mark.parametrize(
+    ("prefill", "step", "breach"),
+    [
+        (PREFILL, replace(STEP, trace_id=TRACE_ID, parent_id=ITEM.span_id), "a step stands alone"),
+        (replace(PREFILL, trace_id="8" * 32, parent_id=STEP_ID), STEP, "a step stands alone"),
+        (PREFILL, replace(STEP, links=(LEFT,)), "a step links to whom it admitted"),
+        (PREFILL, replace(STEP, links=(JOINED, JOINED)), "a step links once to who joined"),
+        (PREFILL, replace(STEP, links=(LinkRecord(TRACE_ID, SEND.span_id, JOINED.attributes),)), "send q"),
+        (PREFILL, replace(STEP, start_ns=40 * MS), "a prefill begins with the step"),
+        (replace(PREFILL, name="engine.decode"), STEP, "prefills link to steps"),
+        (PREFILL, replace(STEP, attributes={}), "engine.step lacks throughline.engine.step.batch_size"),
+    ],
+)
+def test_invariants_tell_a_breach_of_steps(prefill: SpanRecord, step: SpanRecord, breach: str) -> None:
+    with pytest.raises(AssertionError) as caught:
+        check_trace_invariants([*GOOD, ITEM, prefill, step], external={CLIENT})
+
+    assert breach in str(caught.value)
+
+
 def test_invariants_hold_for_a_retried_job() -> None:
     check_trace_invariants(GOOD, external={CLIENT}, canaries=["San Francisco"], failed_job_ids=())
 
