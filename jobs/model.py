@@ -113,13 +113,13 @@ class Timings(Document):
     """Where the job's time went, in milliseconds; the parts add up to `total_ms`."""
 
     queue_ms: float
-    """From the store's acceptance to the worker's claim."""
+    """From the store's acceptance to the claim of the last attempt; those before it count as queue too."""
     engine_wait_ms: float
     """From the claim to the first prefill, and again after each preemption."""
     prefill_ms: float
     decode_ms: float
     store_ms: float
-    """From the last token to the settled record."""
+    """From the last token to the result's way into the store, which keeps these figures with it."""
     total_ms: float
     mean_batch_size: float
     """Sequences that shared this job's engine steps, on average."""

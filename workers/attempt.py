@@ -16,7 +16,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from time import time_ns
 from typing import TypeVar
@@ -127,9 +127,12 @@ class AttemptRunner:
             self._release(delivery.id, token, None)
             raise
         generated_at = self.clock.now()
-        self.observer.generated(delivery, request, params, outputs, generation.traced)
+        settlement = _settlement(outputs)
         stamps = AttemptStamps(claim.queued_at, claimed_at, generated_at, settled_at=self.clock.now())
-        return self._settle(delivery, token, _settlement(outputs, stamps))
+        verdict = self._settle(delivery, token, replace(settlement, timings=job_timings(outputs, stamps)))
+        # Not before: a job of thousands of prompts has as many spans, and its client waits.
+        self.observer.generated(delivery, request, params, outputs, generation.traced)
+        return verdict
 
     @contextmanager
     def _in_company(self, id: JobId, claim: Claim, token: LeaseToken) -> Iterator[None]:
@@ -234,10 +237,9 @@ def _as_failure(refusal: InvalidRequestError | EngineRefused) -> Failure:
     return Failure(reason=refusal.reason, message=str(refusal), retryable=False)
 
 
-def _settlement(outputs: tuple[RequestOutput, ...], stamps: AttemptStamps) -> Settlement:
-    timings = job_timings(outputs, stamps)
+def _settlement(outputs: tuple[RequestOutput, ...]) -> Settlement:
     broken = next((output for output in outputs if output.error is not None), None)
     if broken is not None:
         failure = Failure(reason="generation_failed", message=str(broken.error), retryable=False)
-        return Settlement(JobState.FAILED, failure=failure, timings=timings)
-    return Settlement(JobState.COMPLETED, result=job_result(outputs), timings=timings)
+        return Settlement(JobState.FAILED, failure=failure)
+    return Settlement(JobState.COMPLETED, result=job_result(outputs))

@@ -20,6 +20,7 @@ class AttemptStamps:
     claimed_at: float
     generated_at: float
     settled_at: float
+    """When the result goes to the store: later than that cannot be stored with it."""
 
 
 def job_result(outputs: tuple[RequestOutput, ...]) -> JobResult:

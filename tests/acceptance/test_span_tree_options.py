@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
+import httpx
 import pytest
 
 from telemetry import names
@@ -12,7 +14,10 @@ from tests.support.span_trees import PROMPT, Traced, drawn, traced_stack
 from tests.support.trace_invariants import check_trace_invariants
 
 NUM_ITEM_SPANS = 2
+TEMPLATE = "http://127.0.0.1:16686/trace/{trace_id}"
+PARTS = ("queue_ms", "engine_wait_ms", "prefill_ms", "decode_ms", "store_ms")
 ENVIRON = {
+    "THROUGHLINE_TRACE_URL_TEMPLATE": TEMPLATE,
     "THROUGHLINE_TRACE_ITEM_SPANS": str(NUM_ITEM_SPANS),
 }
 
@@ -42,6 +47,47 @@ def test_items_beyond_the_limit_are_roots_that_link_to_their_job(traced: Traced)
     usage = reply.json()["usage"]
     told = (usage["prompt_tokens"], usage["completion_tokens"])
     check_trace_invariants(spans, canaries=prompts, failed_job_ids=(), usage={job_id: told})
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, [PROMPT, "Rome is", "Oslo"]])
+def test_timings_of_a_completion_add_up_and_fit_into_its_request(
+    traced: Traced, prompt: str | list[str]
+) -> None:
+    started = time.perf_counter()
+    reply = traced.post("/v1/completions", prompt=prompt, max_tokens=40)
+    waited_ms = (time.perf_counter() - started) * 1000
+
+    timings = reply.json()["timings"]
+    assert timings["total_ms"] == pytest.approx(sum(timings[part] for part in PARTS), abs=0.001)
+    assert 0 < timings["decode_ms"] < timings["total_ms"] < waited_ms
+    job = traced.client.get(f"/v1/jobs/{reply.headers['X-Job-Id']}").json()
+    assert job["timings"] == timings == job["result"]["timings"]
+
+
+def test_timings_agree_with_the_trace(traced: Traced) -> None:
+    """The same stamps make both; what is between two spans, a hand-over, counts as engine wait."""
+    reply = traced.post("/v1/completions", max_tokens=40)
+    timings = reply.json()["timings"]
+    spans = wait_for_generations(traced, reply.headers["X-Job-Id"], reply.headers["X-Trace-Id"], 1)
+    lengths = {span.name.split()[0]: span.duration_seconds * 1000 for span in spans}
+
+    assert lengths["engine.prefill"] == pytest.approx(timings["prefill_ms"], abs=0.1)
+    assert lengths["engine.decode"] == pytest.approx(timings["decode_ms"], abs=0.1)
+    assert timings["total_ms"] <= lengths["POST"]
+
+
+def test_replies_and_errors_link_to_the_page_of_their_trace(traced: Traced) -> None:
+    done = traced.post("/v1/completions")
+    refused = traced.client.post("/v1/completions", json={"model": "throughline-tiny", "prompt": 7})
+
+    assert done.json()["trace"] == page_of(done)
+    assert refused.json()["error"]["trace"] == page_of(refused)
+    job = traced.client.get(f"/v1/jobs/{done.headers['X-Job-Id']}").json()
+    assert job["links"]["trace"] == page_of(done)
+
+
+def page_of(reply: httpx.Response) -> str:
+    return TEMPLATE.replace("{trace_id}", reply.headers["X-Trace-Id"])
 
 
 def wait_for_generations(traced: Traced, job_id: str, trace_id: str, count: int) -> list[SpanRecord]:
