@@ -4,8 +4,9 @@
 
 Every way is a whole stack of its own (embedded Valkey, API, worker, engine with the built-in model), all of
 them started before the first round and then asked in turns, so that a busy spell of the machine hits them
-all. A round asks each way for `--jobs` synchronous completions by `--clients` at once (jobs/s, tokens/s, CPU),
-then for `--single` of them one after another (latency). Ratios are taken within a round; shown is their median.
+all. A round asks each way for `--jobs` synchronous completions by `--clients` at once (jobs/s, tokens/s,
+CPU), then for `--single` of them one after another (latency). Ratios are taken within a round; shown is their
+median.
 
     none     OTEL_SDK_DISABLED: neither spans nor metrics      refused   100 %, nobody listens
     off      no request is sampled; what others compare to     silent    100 %, taken and never answered
@@ -296,8 +297,8 @@ def report(
         console.print(f"spans, {contestant.way.name}: {counts}")
     console.print(
         f"{arguments.rounds} rounds of {arguments.jobs} jobs by {arguments.clients} clients and of"
-        f" {arguments.single} by one, {arguments.max_tokens} tokens each; load average {os.getloadavg()[0]:.1f}"
-        f" on {os.cpu_count()} cores, Python {sys.version.split()[0]}"
+        f" {arguments.single} by one, {arguments.max_tokens} tokens each; Python {sys.version.split()[0]},"
+        f" load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     )
 
 
