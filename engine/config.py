@@ -25,6 +25,7 @@ class EngineConfig:
         max_num_batched_tokens: Token budget of one step. Not below `max_num_sequences`, so that everything
             that decodes always fits and only prefill is rationed.
         max_model_len: Prompt plus generated tokens; `None` takes the model's own limit.
+        keeps_prefixes: Whether full blocks are kept after their requests, for prompts that begin alike.
         num_threads: Threads of the CPU operators; `None` leaves the process as it is.
     """
 
@@ -37,6 +38,7 @@ class EngineConfig:
     max_num_sequences: int = 256
     max_num_batched_tokens: int = 2048
     max_model_len: int | None = None
+    keeps_prefixes: bool = True
     num_threads: int | None = None
 
     def __post_init__(self) -> None:

@@ -70,7 +70,9 @@ class Engine:
         device = torch.device(config.device)
         shape = _cache_shape(loaded.config, config)
         self.model_info = _describe(loaded, config, shape)
-        self._blocks = BlockManager(self.model_info.num_blocks, config.block_size)
+        self._blocks = BlockManager(
+            self.model_info.num_blocks, config.block_size, keeps_prefixes=config.keeps_prefixes
+        )
         self._scheduler = Scheduler(
             self._blocks,
             max_num_sequences=config.max_num_sequences,

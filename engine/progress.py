@@ -60,8 +60,9 @@ class RequestProgress(ABC):
     @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether some of the prompt's log-probabilities are wanted and still missing."""
-        wanted = self.params.echo and self.params.logprobs is not None
-        return wanted and len(self.prompt_logprobs) < len(self._prompt_token_ids) - 1
+        return (
+            self.params.needs_prompt_logprobs and len(self.prompt_logprobs) < len(self._prompt_token_ids) - 1
+        )
 
     @abstractmethod
     def abort(self) -> None:
@@ -81,7 +82,7 @@ class RequestProgress(ABC):
             usage=Usage(
                 prompt_tokens=len(self._prompt_token_ids),
                 completion_tokens=self.num_completion_tokens(),
-                cached_tokens=0,
+                cached_tokens=self.request.num_cached_tokens or 0,
             ),
             phases=self.phases.finish(at),
             error=error,

@@ -95,6 +95,10 @@ class SamplingParams:
         """Whether the chosen tokens' log-probabilities are wanted, by the client or to rank sequences."""
         return self.logprobs is not None or (self.width > self.n and not self.use_beam_search)
 
+    @property
+    def needs_prompt_logprobs(self) -> bool:
+        return self.echo and self.logprobs is not None
+
     def _check_lengths(self) -> None:
         _check_int("max_tokens", self.max_tokens, 0 if self.echo else 1, None)
         _check_int("n", self.n, 1, MAX_SEQUENCES_PER_REQUEST)

@@ -19,6 +19,7 @@ from itertools import takewhile
 
 from engine.block_manager import BlockCopy, BlockManager
 from engine.errors import InvariantError
+from engine.prefix_cache import NOTHING_CACHED, ROOT, CachedPrefix
 from engine.sequence import Request, RequestStatus, Sequence
 
 
@@ -114,6 +115,7 @@ class Scheduler:
         """Record that the step has run and its keys and values are in the cache."""
         for entry in batch.entries:
             entry.sequence.num_computed_tokens = entry.start + entry.num_tokens
+            self._publish(entry.sequence)
 
     def fork(self, request: Request) -> None:
         """Once the prompt is computed: one sequence becomes `params.width`, sharing all blocks."""
@@ -128,6 +130,8 @@ class Scheduler:
             num_prompt_tokens=parent.num_prompt_tokens,
             num_computed_tokens=parent.num_computed_tokens,
             block_table=self._blocks.fork(parent.block_table),
+            num_published_blocks=parent.num_published_blocks,
+            prefix_entry=parent.prefix_entry,
             cumulative_logprob=parent.cumulative_logprob,
             logprobs=list(parent.logprobs),
         )
@@ -224,23 +228,54 @@ class Scheduler:
     def _place(self, request: Request, num_free: int) -> bool:
         """Take the blocks of all known tokens, or none if that would be more than `num_free`.
 
-        After a preemption the sequences share what they have in common with the first one, as they did
-        before; else a request that once fitted might never fit again.
+        The first sequence begins with what the prefix cache still has of it. After a preemption the others
+        share what they have in common with the first one, as they did before; else a request that once fitted
+        might never fit again.
         """
         leader, *followers = request.sequences
+        prefix = self._find_prefix(request)
         num_common = [self._num_common_blocks(leader, follower) for follower in followers]
-        num_needed = self._blocks.num_blocks_for(len(leader.token_ids)) + sum(
+        num_found_elsewhere = len(prefix.blocks) - self._blocks.num_unused(prefix)
+        num_needed = self._blocks.num_blocks_for(len(leader.token_ids)) - num_found_elsewhere
+        num_needed += sum(
             self._blocks.num_blocks_for(len(follower.token_ids)) - common
             for follower, common in zip(followers, num_common, strict=True)
         )
         if num_needed > num_free:
             return False
+        self._begin_with(prefix, request)
         self._blocks.extend(leader.block_table, len(leader.token_ids))
         for follower, common in zip(followers, num_common, strict=True):
             follower.block_table = self._blocks.fork(leader.block_table, common)
             follower.num_computed_tokens = common * self._blocks.block_size
             self._blocks.extend(follower.block_table, len(follower.token_ids))
         return True
+
+    def _find_prefix(self, request: Request) -> CachedPrefix:
+        """Not of all tokens: one is left to run, and with several sequences one before their last."""
+        if request.params.needs_prompt_logprobs:  # which only a forward pass over the whole prompt gives
+            return NOTHING_CACHED
+        token_ids = request.sequences[0].token_ids
+        num_left = 1 if len(request.sequences) == 1 else 2
+        return self._blocks.find(token_ids, (len(token_ids) - num_left) // self._blocks.block_size)
+
+    def _begin_with(self, prefix: CachedPrefix, request: Request) -> None:
+        leader = request.sequences[0]
+        leader.block_table = self._blocks.adopt(prefix)
+        leader.num_published_blocks = len(prefix.blocks)
+        leader.prefix_entry = prefix.entry
+        leader.num_computed_tokens = len(prefix.blocks) * self._blocks.block_size
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = leader.num_computed_tokens
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Let other requests find the blocks that this step has filled."""
+        size = self._blocks.block_size
+        for slot in range(sequence.num_published_blocks, sequence.num_computed_tokens // size):
+            tokens = sequence.token_ids[slot * size : (slot + 1) * size]
+            block = sequence.block_table[slot]
+            sequence.prefix_entry = self._blocks.publish(sequence.prefix_entry, tokens, block)
+            sequence.num_published_blocks += 1
 
     def _num_common_blocks(self, leader: Sequence, follower: Sequence) -> int:
         """Full blocks of equal tokens; the last token stays out, for each sequence decodes its own."""
@@ -259,6 +294,8 @@ class Scheduler:
         for sequence in request.sequences:
             self._blocks.release(sequence.block_table)
             sequence.num_computed_tokens = 0
+            sequence.num_published_blocks = 0
+            sequence.prefix_entry = ROOT
 
     def _num_seats_taken(self) -> int:
         return sum(request.num_seats for request in self._running)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from engine.prefix_cache import ROOT
 from engine.sampling import SamplingParams
 
 
@@ -33,6 +34,8 @@ class Sequence:
         num_computed_tokens: Leading tokens whose keys and values are in the cache, or are the business of
             the request's first sequence, which shares their blocks.
         block_table: Blocks of the cache in token order; owned by the block manager's reference counts.
+        num_published_blocks: Leading blocks that the prefix cache has been told of.
+        prefix_entry: What it calls the last of them.
         cumulative_logprob: Of the output tokens, where log-probabilities are computed.
         logprobs: One entry per output token, where the client asked for them.
     """
@@ -42,6 +45,8 @@ class Sequence:
     num_prompt_tokens: int
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
+    num_published_blocks: int = 0
+    prefix_entry: int = ROOT
     cumulative_logprob: float = 0.0
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
@@ -72,6 +77,7 @@ class Request:
         arrival_number: Grows with each request added; a preempted request keeps it, and so its place.
         seed: The client's, or one drawn for it.
         sequences: Those alive, the first one being the leader when the cache is refilled.
+        num_cached_tokens: Of the prompt, found in the prefix cache at the first admission; `None` before it.
     """
 
     request_id: str
@@ -82,6 +88,7 @@ class Request:
     sequences: list[Sequence]
     status: RequestStatus = RequestStatus.WAITING
     is_forked: bool = False
+    num_cached_tokens: int | None = None
 
     @property
     def order(self) -> tuple[int, int]:

@@ -66,6 +66,7 @@ def engine_runtime(
         max_num_sequences=settings.max_num_sequences,
         max_num_batched_tokens=max(settings.max_num_batched_tokens, settings.max_num_sequences),
         kv_cache_bytes=settings.kv_cache_bytes,
+        keeps_prefixes=settings.prefix_cache,
         num_threads=settings.engine_threads,
     )
     steps = StepTracer(settings.step_sampling)

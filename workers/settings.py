@@ -33,6 +33,8 @@ class WorkerSettings(BaseSettings):
     max_num_batched_tokens: int = Field(default=2048, ge=1)
     """Tokens of one engine step, prefill and decode together."""
     kv_cache_bytes: int = Field(default=1 << 30, ge=1 << 20)
+    prefix_cache: bool = True
+    """Keep computed blocks for prompts that begin alike, until their room is needed."""
     num_threads: int | None = Field(default=None, ge=1)
     """Of the CPU operators; unset leaves it to torch."""
     engine: Literal["process", "inline"] = "process"
