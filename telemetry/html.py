@@ -31,6 +31,7 @@ def render_html(spans: Iterable[SpanRecord], *, title: str) -> str:
     page = _Page(
         scale=_Scale.of([row.span for row in flat]),
         anchors={row.span.span_id: f"span-{number}" for number, row in enumerate(flat)},
+        trace_ids=frozenset(row.span.trace_id for row in flat),
         colours=_colours(row.span.service for row in flat),
         gaps=trace.gaps,
     )
@@ -95,6 +96,7 @@ class _Page:
 
     scale: _Scale
     anchors: Mapping[str, str]
+    trace_ids: frozenset[str]
     colours: Mapping[str, str]
     gaps: Sequence[Gap]
 
@@ -229,12 +231,17 @@ def _event_rows(span: SpanRecord, page: _Page) -> Iterator[tuple[str, str]]:
 def _link(link: LinkRecord, page: _Page) -> str:
     role = escape(_text(link.attributes.get(names.LINK_ROLE, "link")))
     rest = {key: value for key, value in link.attributes.items() if key != names.LINK_ROLE}
-    trace = "" if link.span_id in page.anchors else f" of trace <code>{escape(link.trace_id)}</code>"
     return (
-        f"<div>↗ {role} {_reference(link.span_id, page)}{trace}"
+        f"<div>↗ {role} {_target(link, page)}"
         + "".join(f" {escape(key)}={_value(value)}" for key, value in rest.items())
         + "</div>"
     )
+
+
+def _target(link: LinkRecord, page: _Page) -> str:
+    if link.trace_id in page.trace_ids:
+        return _reference(link.span_id, page)
+    return f"<code>{escape(link.span_id)}</code> of trace <code>{escape(link.trace_id)}</code>"
 
 
 def _reference(span_id: str, page: _Page) -> str:

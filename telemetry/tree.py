@@ -13,9 +13,10 @@ from rich.text import Text
 from rich.tree import Tree
 
 from telemetry import names
-from telemetry.record import SpanRecord
+from telemetry.record import LinkRecord, SpanRecord
 
 _GAP_SECONDS, _GAP_SHARE = 0.002, 0.01
+_MAX_LINKS = 4  # of a line; an engine's step may have a hundred, which the page shows
 _KIND_COLOURS = {"SERVER": "cyan", "CLIENT": "blue", "PRODUCER": "magenta", "CONSUMER": "magenta"}
 _SHOWN = (
     names.JOB_ATTEMPT,
@@ -24,6 +25,12 @@ _SHOWN = (
     names.GEN_AI_USAGE_OUTPUT_TOKENS,
     names.BATCH_SIZE_MEAN,
     names.CLOCK_SKEWED,
+    names.STEP_BATCH_SIZE,
+    names.STEP_PREFILL_TOKENS,
+    names.STEP_DECODE_TOKENS,
+    names.STEP_PREEMPTED,
+    names.STEP_SLOW,
+    names.STEP_LINKS_OMITTED,
     "http.response.status_code",
 )
 
@@ -206,7 +213,7 @@ def _line(span: SpanRecord, trace: TraceTree) -> Text:
         if key in span.attributes:
             line.append(f"  {key.rpartition('.')[2]}={_value(span.attributes[key])}", "green")
     if span.links:
-        line.append("  ↗ " + ", ".join(_link(link.attributes, link.span_id) for link in span.links), "yellow")
+        line.append(f"  ↗ {_links(span)}", "yellow")
     if span.status == "ERROR":
         line.append(f"  ✗ {_value(span.attributes.get(names.ERROR_TYPE, 'error'))}", "red")
     return line
@@ -218,9 +225,17 @@ def _gap_line(gap: Gap) -> Text:
     return Text(f"{length} of {gap.span.name} unexplained, {where}", style="yellow")
 
 
-def _link(attributes: object, span_id: str) -> str:
-    role = attributes.get(names.LINK_ROLE) if isinstance(attributes, dict) else None
-    return f"{role or 'link'} {span_id[:8]}"
+def _links(span: SpanRecord) -> str:
+    shown = [_link(link, span.trace_id) for link in span.links[:_MAX_LINKS]]
+    num_more = len(span.links) - len(shown)
+    return ", ".join([*shown, f"and {num_more} more"] if num_more else shown)
+
+
+def _link(link: LinkRecord, trace_id: str) -> str:
+    """The trace is told where it is another: `throughline trace` takes it."""
+    role = _value(link.attributes.get(names.LINK_ROLE, "link"))
+    elsewhere = "" if link.trace_id == trace_id else f" of trace {link.trace_id}"
+    return f"{role} {link.span_id[:8]}{elsewhere}"
 
 
 def _value(value: object) -> str:

@@ -121,6 +121,14 @@ def test_page_shows_kind_attributes_events_links_errors_and_totals() -> None:
     assert {link.removeprefix("#") for link in links} <= targets
 
 
+def test_page_tells_a_link_into_another_trace_from_one_whose_span_did_not_come() -> None:
+    links = (LinkRecord("8" * 32, "step-1", {}), LinkRecord(TRACE_ID, "lost-1", {}))
+    page = Page(render_html([span("prefill", 0, 1, links=links)], title="t"))
+
+    assert f"↗ link step-1 of trace {'8' * 32}" in page.text
+    assert "↗ link lost-1 (not received)" in page.text
+
+
 def test_page_hatches_and_lists_time_that_no_span_explains() -> None:
     page = Page(render_html(JOB, title="t"))
 

@@ -109,6 +109,20 @@ def test_rendering_shows_length_offset_kind_service_links_errors_and_gaps() -> N
     assert TRACE_ID in shown
 
 
+def test_rendering_names_the_trace_of_a_link_that_leads_out_and_counts_the_links_it_leaves_out() -> None:
+    elsewhere = "8" * 32
+    links = tuple(
+        LinkRecord(elsewhere, f"{number:016x}", {"throughline.link.role": "joined"}) for number in range(7)
+    )
+    step = span("engine.step", 0, 1, attributes={"throughline.engine.step.batch_size": 7}, links=links)
+
+    shown = " ".join(text_of(render(tree([step]))).split())
+
+    assert f"batch_size=7 ↗ joined 00000000 of trace {elsewhere}, joined" in shown
+    assert "and 3 more" in shown
+    assert f"of trace {TRACE_ID}" not in text_of(render(tree(JOB)))
+
+
 def test_rendering_takes_names_literally_when_they_look_like_markup() -> None:
     assert "[red]x[/red]" in text_of(render(tree([span("[red]x[/red]", 0, 1)])))
     assert "[red]x[/red]" in text_of(summarize(tree([span("[red]x[/red]", 0, 1)])))
