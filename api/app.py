@@ -41,7 +41,7 @@ def create_app() -> FastAPI:
     settings, jobs_settings = read_settings(ApiSettings), read_settings(JobsSettings)
     configure_logging(SERVICE_NAME, LogFormat.from_environment(os.environ))
     telemetry = setup.configure(SERVICE_NAME)
-    instrument_celery()
+    instrument_celery(uses_links_only=telemetry.settings.uses_links_only)
     metrics = build_metrics(SERVICE_NAME, telemetry.settings, os.environ)
     telemetry.show_losses(metrics.meter)
 

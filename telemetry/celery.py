@@ -48,7 +48,8 @@ def instrument_celery(*, uses_links_only: bool = False) -> None:
     Call it after `configure`: in a worker with the threads pool at `worker_init`, in the API at start.
     Spans of the package itself, as `opentelemetry-instrument` switches them on, are switched off.
 
-    `uses_links_only` makes `process` the root of a trace of its own that only links to `send`.
+    `uses_links_only` makes `process` the root of a trace of its own that only links to `send`, and so the
+    `send` of a message that is put back by a thread without a span.
     """
     stock = CeleryInstrumentor()  # type: ignore[no-untyped-call]  # the package has no types
     if stock.is_instrumented_by_opentelemetry:
@@ -150,7 +151,7 @@ class _CorrectedInstrumentor(CeleryInstrumentor):
         creation = _existing_creation_context(headers)
         span = self._tracer.start_span(
             f"{names.OPERATION_SEND} {queue}",
-            context=_send_parent(creation),
+            context=None if self._uses_links_only else _send_parent(creation),
             kind=SpanKind.PRODUCER if creation is None else SpanKind.CLIENT,
             links=[] if creation is None else link_to(creation, names.LINK_CREATION),
             attributes={

@@ -135,6 +135,8 @@ def queue_wait(
 ) -> None:
     """Draw `queue <queue>` below `context`, which is the send span's (`telemetry.celery.creation_context`).
 
+    In link-only mode it is the span's that the wait led to: a service adds no span to another one's trace.
+
     The two stamps come from two machines' clocks. A wait that would be negative is drawn with length zero
     and flagged.
     """
@@ -204,8 +206,15 @@ def interrupted(context: Context, *, job_id: str, started_at_ns: int, ended_at_n
 
 
 def lost_attempt(
-    context: Context, *, queue: str, job_id: str, attempt: int, started_at_ns: int, ended_at_ns: int
-) -> str:
+    context: Context,
+    *,
+    queue: str,
+    job_id: str,
+    attempt: int,
+    started_at_ns: int,
+    ended_at_ns: int,
+    is_root: bool = False,
+) -> Context:
     """Draw `lost <queue>` for an attempt whose own span can never come, beside the other attempts.
 
     Args:
@@ -215,13 +224,22 @@ def lost_attempt(
         attempt: its number.
         started_at_ns: its claim.
         ended_at_ns: when the next claim found its lease run out; when it really ended nobody knows.
+        is_root: of a trace of its own that only links to `context`, as `process` is in link-only mode.
 
     Returns:
-        Its traceparent, for the next attempt to link to: the lost span's own would lead nowhere.
+        Its context, for the next attempt to link to: the lost span's own would lead nowhere.
     """
     attributes: dict[str, AttributeValue] = {names.JOB_ID: job_id, names.JOB_ATTEMPT: attempt}
-    span = _draw(f"lost {queue}", context, attributes, started_at_ns, ended_at_ns, error_type="worker_lost")
-    return traceparent(trace.set_span_in_context(span, Context()))
+    span = _tracer(None).start_span(
+        f"lost {queue}",
+        Context() if is_root else context,
+        attributes=attributes,
+        links=link_to(context, names.LINK_CREATION) if is_root else None,
+        start_time=started_at_ns,
+    )
+    _fail(span, "worker_lost")
+    span.end(max(started_at_ns, ended_at_ns))
+    return trace.set_span_in_context(span, Context())
 
 
 def mark_job(job_id: str, *, created_by: str | None = None) -> None:
@@ -346,14 +364,9 @@ def _draw(
     attributes: dict[str, AttributeValue],
     start_ns: int,
     end_ns: int,
-    *,
-    error_type: str | None = None,
-) -> Span:
+) -> None:
     span = _tracer(None).start_span(name, context, attributes=attributes, start_time=start_ns)
-    if error_type is not None:
-        _fail(span, error_type)
     span.end(max(start_ns, end_ns))
-    return span
 
 
 def _start_generation(

@@ -65,7 +65,7 @@ class TraceTree:
 
     @property
     def start_ns(self) -> int:
-        return min((node.span.start_ns for node in self.roots), default=0)
+        return min((span.start_ns for span in _walk(self.roots)), default=0)
 
 
 def tree(spans: Iterable[SpanRecord]) -> TraceTree:
@@ -186,10 +186,11 @@ def _title(trace: TraceTree) -> Text:
     if not spans:
         return Text("no spans", style="dim")
     services = ", ".join(dict.fromkeys(span.service for span in spans))
+    trace_ids = list(dict.fromkeys(span.trace_id for span in spans))
     length_ns = max(span.end_ns for span in spans) - trace.start_ns
     return Text.assemble(
-        ("trace ", "bold"),
-        spans[0].trace_id,
+        ("trace " if len(trace_ids) == 1 else "traces ", "bold"),
+        ", ".join(trace_ids),
         f"  {len(spans)} spans  {format_duration(length_ns)}  ",
         (services, "dim"),
     )

@@ -77,7 +77,7 @@ class AttemptRunner:
         claim = self._insist(lambda: self._claim(delivery.id, token))
         if claim is None:
             return Verdict.REQUEUE
-        with self.observer.claim_told_last(delivery, received_at_ns, time_ns()):
+        with self.observer.claim_told_last(delivery, claim, received_at_ns, time_ns()):
             return self._run_claimed(delivery, claim, token, received_at_ns)
 
     def _run_claimed(

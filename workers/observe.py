@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from opentelemetry import context as otel_context
+from opentelemetry.context import Context
 from opentelemetry.trace import SpanContext
 
 from engine.outputs import RequestOutput
@@ -42,13 +43,22 @@ class AttemptObserver:
     metrics: WorkerMetrics = SILENT
     max_item_spans: int = DEFAULT_ITEM_SPANS
     """Generations of one job in its own trace; those beyond are traces of their own, linked to it."""
+    uses_links_only: bool = False
+    """All that is drawn here lies in the trace of its attempt, and nothing in that of the request."""
 
     @contextmanager
-    def claim_told_last(self, delivery: Delivery, received_at_ns: int, claimed_at_ns: int) -> Iterator[None]:
-        """The claim's span is drawn when the attempt is over: see `spans.claim`."""
+    def claim_told_last(
+        self, delivery: Delivery, claim: Claim, received_at_ns: int, claimed_at_ns: int
+    ) -> Iterator[None]:
+        """The claim's span is drawn when the attempt is over: see `spans.claim`.
+
+        So is the wait's where it lies below the attempt's.
+        """
         try:
             yield
         finally:
+            if self.uses_links_only and claim.outcome is ClaimOutcome.CLAIMED:
+                self._waited(otel_context.get_current(), delivery, claim, received_at_ns)
             spans.claim(
                 otel_context.get_current(),
                 job_id=delivery.id,
@@ -58,21 +68,14 @@ class AttemptObserver:
 
     def claimed(self, delivery: Delivery, claim: Claim, received_at_ns: int) -> None:
         self.metrics.claimed(delivery, claim, received_at_ns)
-        waited, since_ns = None, _waiting_since_ns(delivery, claim)
-        if since_ns is not None:
-            waited = (received_at_ns - since_ns) / 1e9
-            spans.queue_wait(
-                delivery.creation,
-                queue=delivery.queue,
-                job_id=delivery.id,
-                enqueued_at_ns=since_ns,
-                started_at_ns=received_at_ns,
-            )
+        since_ns = _waiting_since_ns(delivery, claim)
+        if not self.uses_links_only:
+            self._waited(delivery.creation, delivery, claim, received_at_ns)
         spans.mark_attempt(
             job_id=delivery.id,
             attempt=claim.attempt,
             is_redelivered=delivery.is_redelivered,
-            queue_wait_seconds=waited,
+            queue_wait_seconds=None if since_ns is None else (received_at_ns - since_ns) / 1e9,
             previous_traceparent=self._lost(delivery, claim, received_at_ns) or claim.previous_traceparent,
         )
 
@@ -144,13 +147,32 @@ class AttemptObserver:
         if claim.lost is None:
             return None
         logger.warning("attempt %d was lost with its worker", claim.lost.attempt)
-        return spans.lost_attempt(
+        started_at_ns = round(claim.lost.started_at * 1e9)
+        lost = spans.lost_attempt(
             delivery.creation,
             queue=delivery.queue,
             job_id=delivery.id,
             attempt=claim.lost.attempt,
-            started_at_ns=round(claim.lost.started_at * 1e9),
+            started_at_ns=started_at_ns,
             ended_at_ns=received_at_ns,
+            is_root=self.uses_links_only,
+        )
+        if self.uses_links_only:  # else it drew its wait itself, and that has come
+            self._draw_wait(lost, delivery, _queued_at_ns(delivery, claim), started_at_ns)
+        return spans.traceparent(lost)
+
+    def _waited(self, context: Context, delivery: Delivery, claim: Claim, received_at_ns: int) -> None:
+        self._draw_wait(context, delivery, _waiting_since_ns(delivery, claim), received_at_ns)
+
+    def _draw_wait(self, context: Context, delivery: Delivery, since_ns: int | None, until_ns: int) -> None:
+        if since_ns is None:
+            return
+        spans.queue_wait(
+            context,
+            queue=delivery.queue,
+            job_id=delivery.id,
+            enqueued_at_ns=since_ns,
+            started_at_ns=until_ns,
         )
 
     def _record(
@@ -196,9 +218,12 @@ class AttemptObserver:
 
 
 def _waiting_since_ns(delivery: Delivery, claim: Claim) -> int | None:
-    """Published, or given back by the attempt before; None after a lost one, whose span lasts until now."""
-    if claim.lost is not None:
-        return None
+    """None after a lost attempt, whose span lasts until now."""
+    return None if claim.lost is not None else _queued_at_ns(delivery, claim)
+
+
+def _queued_at_ns(delivery: Delivery, claim: Claim) -> int | None:
+    """Published, or last given back by an attempt."""
     return delivery.enqueued_at_ns if claim.released_at is None else round(claim.released_at * 1e9)
 
 

@@ -180,6 +180,7 @@ class WorkerService:
                 telemetry.settings.captures_content,
                 self._metrics,
                 max_item_spans=self._settings.trace_item_spans,
+                uses_links_only=telemetry.settings.uses_links_only,
             ),
             clock=self._clock,
             worker=self.worker,

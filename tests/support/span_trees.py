@@ -87,16 +87,17 @@ class Traced:
         return self.client.get(f"/v1/jobs/{id}")
 
     def check(self, reply: httpx.Response, wanted: str, *also: httpx.Response, failed: bool = False) -> None:
-        """The trace of `reply` is `wanted`; those of `also` link to it; all keep the invariants."""
-        trace_id = reply.headers["X-Trace-Id"]
+        """The traces of the reply's job are `wanted`; those of `also` link to it; all keep the invariants."""
+        id = reply.headers["X-Job-Id"]
         self.receiver.wait_for(
-            lambda _: drawn(self.receiver.trace(trace_id)) == wanted.strip(), timeout_seconds=20
+            lambda _: drawn(self.receiver.of_job(id)) == wanted.strip(), timeout_seconds=20
         )
-        spans = self.receiver.trace(trace_id)
+        spans = self.receiver.of_job(id)
         assert drawn(spans) == wanted.strip()
+        assert reply.headers["X-Trace-Id"] in {span.trace_id for span in spans}
         for other in also:
             (poll,) = self.trace(other.headers["X-Trace-Id"], 1)
-            root = next(span for span in spans if span.parent_id is None)
+            root = next(span for span in spans if span.kind == "SERVER")
             assert [(link.span_id, link.attributes[names.LINK_ROLE]) for link in poll.links] == [
                 (root.span_id, names.LINK_CREATION)
             ]

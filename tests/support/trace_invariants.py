@@ -91,9 +91,14 @@ def _ids_and_times(spans: Sequence[SpanRecord]) -> Iterator[str]:
 
 
 def _is_inside(span: SpanRecord, parent: SpanRecord) -> bool:
-    """Below a PRODUCER everything happens later; the wait begins with a stamp taken just before the send."""
+    """Below a PRODUCER everything happens later; the wait begins with a stamp taken just before the send.
+
+    In link-only mode a wait hangs below the attempt that it led to, and lies before it.
+    """
     if parent.kind == "PRODUCER":
         return span.end_ns >= parent.start_ns
+    if span.name.startswith("queue "):
+        return parent.start_ns - _TOLERANCE_NS <= span.end_ns <= parent.end_ns
     starts_after = span.start_ns >= parent.start_ns - _TOLERANCE_NS
     return starts_after and span.end_ns <= parent.end_ns + _TOLERANCE_NS
 

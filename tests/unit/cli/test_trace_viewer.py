@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ def job(*, done: bool, attempts: int) -> JobView:
 
 SERVER = span("SERVER", "a", None, "other")
 SENT = span("PRODUCER", "b", "a")
+LOST = replace(span("INTERNAL", "e", "b"), attributes={"job.id": JOB_ID, "job.attempt": 1})
 FIRST, SECOND = span("CONSUMER", "c", "b"), span("CONSUMER", "d", "b")
 
 
@@ -55,6 +57,7 @@ FIRST, SECOND = span("CONSUMER", "c", "b"), span("CONSUMER", "d", "b")
         ([SERVER, SENT, FIRST, SECOND], True, 2, True),
         ([SERVER, SENT, FIRST], True, 2, False),
         ([SERVER, SENT, FIRST], False, 1, False),
+        ([SERVER, SENT, LOST, FIRST], True, 2, True),
         ([SENT, FIRST], True, 1, False),
         ([SERVER, FIRST], True, 1, False),
         ([], True, 0, False),
