@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 BOOTSTRAP = VENV="$(VENV)" sh scripts/bootstrap.sh
 
-.PHONY: help setup demo test check up bench builtin-model clean
+.PHONY: help setup demo test check check-infra up bench compose-smoke builtin-model clean
 .DEFAULT_GOAL := help
 
 help: ## say what there is
@@ -22,13 +22,27 @@ up: setup ## keep the stack running on 127.0.0.1:8000 until Ctrl-C
 test: setup ## run all tests
 	@$(BIN)/python -m pytest -q $(ARGS)
 
-check: ## lint, format, types, import contracts, shell scripts
+check: ## lint, format, types, import contracts, shell scripts, containers
 	@$(BOOTSTRAP) check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@for script in scripts/*.sh .ci/run; do sh -n "$$script" || exit 1; done
+	@$(MAKE) --no-print-directory check-infra
+
+check-infra: # part of `check`: what the containers are made from and watched with
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+	$(BIN)/hadolint infra/docker/*.Dockerfile
+	@if docker compose version >/dev/null 2>&1; then docker compose --profile gpu config --quiet; \
+		else echo "skipped: docker compose config (docker compose is not installed)"; fi
+	@if command -v promtool >/dev/null; then \
+		promtool check config infra/prometheus/prometheus.yaml infra/prometheus/beside-make-up.yaml && \
+		promtool test rules infra/prometheus/alerts_test.yaml; \
+		else echo "skipped: alert rules (promtool is not installed; it comes with Prometheus)"; fi
+
+compose-smoke: ## bring the containers up, try every link, take them down; needs docker compose
+	@$${PYTHON:-python3} scripts/compose_smoke.py $(ARGS)
 
 bench: setup ## measure, see benchmarks/README.md
 	@$(BIN)/python -m benchmarks $(ARGS)

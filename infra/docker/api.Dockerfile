@@ -16,7 +16,8 @@ COPY jobs jobs
 COPY telemetry telemetry
 
 RUN useradd --create-home --uid 10001 throughline
-USER throughline
+# By number, so that a cluster that asks for non-root can see it.
+USER 10001
 EXPOSE 8000
 
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s --retries=3 \

@@ -9,6 +9,8 @@ WORKDIR /app
 
 # uv knows where torch's builds are; where those cannot be reached, pip takes what its own sources have.
 COPY pyproject.toml constraints.txt README.md LICENSE ./
+# What gets installed is pinned; the installer need not be.
+# hadolint ignore=DL3013
 RUN pip install --no-cache-dir uv && \
     { UV_HTTP_RETRIES=0 uv pip install --system --no-cache --torch-backend "$TORCH_BACKEND" \
         --constraint constraints.txt '.[worker]' || \
@@ -26,7 +28,8 @@ COPY infra/docker/worker_health.py /usr/local/lib/throughline/worker_health.py
 # Models that are downloaded lie in a volume of the user's own.
 RUN useradd --create-home --uid 10001 throughline && \
     mkdir -p /home/throughline/.cache/huggingface && chown -R throughline /home/throughline/.cache
-USER throughline
+# By number, so that a cluster that asks for non-root can see it.
+USER 10001
 
 HEALTHCHECK --interval=15s --timeout=10s --start-period=120s --retries=4 \
     CMD ["python", "/usr/local/lib/throughline/worker_health.py"]
