@@ -37,6 +37,8 @@ SPAN_FETCH_RESULT: Final = "fetch result"
 SPAN_CLAIM: Final = "claim"
 SPAN_ENGINE_INTERRUPTED: Final = "engine.interrupted"
 SPAN_ENGINE_STEP: Final = "engine.step"
+SPAN_RECEIVE_OUTPUT: Final = "receive output"
+SPAN_REPORT: Final = "report"
 
 # Ours: what a client can search a trace by.
 JOB_ID: Final = "job.id"
@@ -247,10 +249,12 @@ SPANS: Final[tuple[SpanShape, ...]] = (
     SpanShape(SPAN_ENGINE_DECODE, ("INTERNAL",), "worker", (), (PHASE_TOKENS, PHASE_STEPS)),
     SpanShape(SPAN_ENGINE_INTERRUPTED, ("INTERNAL",), "worker", (JOB_ID,)),
     SpanShape(SPAN_ENGINE_STEP, ("INTERNAL",), "worker", _STEP, (STEP_LINKS_OMITTED, STEP_SLOW)),
+    SpanShape(SPAN_RECEIVE_OUTPUT, ("INTERNAL",), "worker", (JOB_ID,)),
     SpanShape(SPAN_ACCEPT, ("INTERNAL",), "api", ()),
     SpanShape(SPAN_STORE_JOB, ("INTERNAL",), "api", (JOB_ID,)),
     SpanShape(SPAN_WAIT_RESULT, ("INTERNAL",), "api", (JOB_ID,)),
     SpanShape(SPAN_STORE_RESULT, ("INTERNAL",), "worker", (JOB_ID,)),
+    SpanShape(SPAN_REPORT, ("INTERNAL",), "worker", (JOB_ID,)),
     SpanShape(SPAN_FETCH_RESULT, ("INTERNAL",), "api", (JOB_ID,)),
 )
 

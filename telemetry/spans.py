@@ -205,6 +205,11 @@ def interrupted(context: Context, *, job_id: str, started_at_ns: int, ended_at_n
     _draw(names.SPAN_ENGINE_INTERRUPTED, context, {names.JOB_ID: job_id}, started_at_ns, ended_at_ns)
 
 
+def receive_output(context: Context, *, job_id: str, started_at_ns: int, ended_at_ns: int) -> None:
+    """Draw the way of a job's outputs from the engine's process to the thread that waits for them."""
+    _draw(names.SPAN_RECEIVE_OUTPUT, context, {names.JOB_ID: job_id}, started_at_ns, ended_at_ns)
+
+
 def lost_attempt(
     context: Context,
     *,
@@ -287,8 +292,11 @@ def mark_outcome(state: str, *, error_type: str | None = None) -> None:
 
 @contextmanager
 def accept() -> Iterator[None]:
-    """A live span around reading, checking and tokenizing a request."""
-    with _live(names.SPAN_ACCEPT, {}):
+    """A span from the arrival of a request until it is read, checked and tokenized.
+
+    It begins with the server's span, so that routing has a name too.
+    """
+    with _live(names.SPAN_ACCEPT, {}, start_ns=getattr(trace.get_current_span(), "start_time", None)):
         yield
 
 
@@ -326,7 +334,23 @@ def store_result(job_id: str) -> Iterator[Span]:
 
 def wall_ns(monotonic_seconds: float) -> int:
     """A stamp of the monotonic clock, which all processes of a machine share, as spans want it."""
-    return time.time_ns() - time.monotonic_ns() + round(monotonic_seconds * 1e9)
+    return _wall_minus_monotonic_ns() + round(monotonic_seconds * 1e9)
+
+
+def _wall_minus_monotonic_ns() -> int:
+    """The two clocks cannot be read at once: of three readings the one that was least held up counts."""
+    readings = []
+    for _ in range(3):
+        before, wall, after = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
+        readings.append((after - before, wall - (before + after) // 2))
+    return min(readings)[1]
+
+
+@contextmanager
+def report(job_id: str) -> Iterator[None]:
+    """A live span around what an attempt tells when its result is stored, this trace too."""
+    with _live(names.SPAN_REPORT, {names.JOB_ID: job_id}):
+        yield
 
 
 def link_to(context: Context, role: str) -> list[Link]:
@@ -346,12 +370,12 @@ def _tracer_of(provider: TracerProvider) -> Tracer:
 
 
 @contextmanager
-def _live(name: str, attributes: dict[str, AttributeValue]) -> Iterator[None]:
+def _live(name: str, attributes: dict[str, AttributeValue], start_ns: int | None = None) -> Iterator[None]:
     """Never the current span: ids that are told and messages that are sent inside belong to the request.
 
     An error that passes through is told by the request's own span; its words might quote a prompt.
     """
-    span = _tracer(None).start_span(name, attributes=attributes)
+    span = _tracer(None).start_span(name, attributes=attributes, start_time=start_ns)
     try:
         yield
     finally:

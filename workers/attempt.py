@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from functools import cache, partial
 from time import time_ns
 from typing import TypeVar
 
@@ -31,11 +32,11 @@ from jobs.states import JobState
 from jobs.store import AttemptStore, Claim, ClaimOutcome, Settlement, SettleOutcome
 from telemetry.log import logged_job
 from telemetry.spans import traceparent
-from workers.company import Company, grade_of
+from workers.company import Company, Place, grade_of
 from workers.delivery import Delivery
 from workers.errors import CancelWished, DeadlinePassed, EngineLost, EngineRefused, LeaseLost
 from workers.holding import HeldJob, Holding
-from workers.observe import AttemptObserver
+from workers.observe import AttemptObserver, HandOver
 from workers.pool import JobStopped, TaskHandle, current_handle
 from workers.protocol import EngineRequest
 from workers.result import AttemptStamps, job_result, job_timings
@@ -86,11 +87,14 @@ class AttemptRunner:
         if claim.outcome is not ClaimOutcome.CLAIMED or claim.request is None:
             self.observer.dropped(delivery, claim, received_at_ns)
             return Verdict.ACKNOWLEDGE
+        # cached: told once, whoever calls first
+        tell_claim = cache(partial(self.observer.claimed, delivery, claim, received_at_ns))
         try:
-            self.observer.claimed(delivery, claim, received_at_ns)
-            return self._generate(delivery, claim, claim.request, token)
+            return self._generate(delivery, claim, claim.request, token, tell_claim)
         except Exception as error:  # a fault of ours: the job must not stay behind under a dead lease
             return self._give_back(delivery, token, _internal_failure(error))
+        finally:
+            tell_claim()  # at the latest
 
     def _claim(self, id: JobId, token: LeaseToken) -> Claim:
         return self.store.claim(
@@ -102,15 +106,28 @@ class AttemptRunner:
             traceparent=traceparent() or None,
         )
 
-    def _generate(self, delivery: Delivery, claim: Claim, request: JobRequest, token: LeaseToken) -> Verdict:
+    def _generate(
+        self,
+        delivery: Delivery,
+        claim: Claim,
+        request: JobRequest,
+        token: LeaseToken,
+        tell_claim: Callable[[], None],
+    ) -> Verdict:
+        """What can be told late is told while the engine works, or when the client has its answer."""
         claimed_at = self.clock.now()
         handle = current_handle()
         held = HeldJob(delivery.id, token, claim.expires_at, handle.end)
+        asked_at_ns = time_ns()
         try:
             params = sampling_params(request.sampling)
             requests = engine_requests(delivery.id, token, request, params)
-            with self.holding.hold(held), self._in_company(delivery.id, claim, token):
-                generation, outputs = self._run_engine(delivery, requests, handle)
+            with (
+                self.holding.hold(held),
+                self.observer.interruption_told(delivery, asked_at_ns),
+                self._in_company(delivery.id, claim, token, tell_claim),
+            ):
+                generation, outputs = self._run_engine(requests, handle, tell_claim)
         except (InvalidRequestError, EngineRefused) as refusal:
             return self._settle(delivery, token, Settlement(JobState.FAILED, failure=_as_failure(refusal)))
         except CancelWished:
@@ -126,19 +143,30 @@ class AttemptRunner:
         except JobStopped:
             self._release(delivery.id, token, None)
             raise
+        hand_over = HandOver(asked_at_ns, received_at_ns=time_ns())
         generated_at = self.clock.now()
         settlement = _settlement(outputs)
         stamps = AttemptStamps(claim.queued_at, claimed_at, generated_at, settled_at=self.clock.now())
-        verdict = self._settle(delivery, token, replace(settlement, timings=job_timings(outputs, stamps)))
-        # Not before: a job of thousands of prompts has as many spans, and its client waits.
-        self.observer.generated(delivery, request, params, outputs, generation.traced)
-        return verdict
+        settlement = replace(settlement, timings=job_timings(outputs, stamps))
+        outcome = self._store(delivery, token, settlement)
+        with self.observer.reporting(delivery):
+            # Not before: a job of thousands of prompts has as many spans, and its client waits.
+            self.observer.generated(delivery, request, params, outputs, hand_over, generation.traced)
+            return self._tell(delivery, settlement, outcome)
 
     @contextmanager
-    def _in_company(self, id: JobId, claim: Claim, token: LeaseToken) -> Iterator[None]:
+    def _in_company(
+        self, id: JobId, claim: Claim, token: LeaseToken, tell_claim: Callable[[], None]
+    ) -> Iterator[None]:
         """Be in the engine with the company that the job's past allows; a lone run is noted beforehand."""
         grade = grade_of(claim.forgiven)
-        with self.company.join(grade, current_handle().wait):
+
+        def wait(place: Place) -> None:
+            if not place.done():
+                tell_claim()
+            current_handle().wait(place)
+
+        with self.company.join(grade, wait):
             if grade.is_alone:
                 is_ours = self._insist(lambda: self.store.mark_alone(id, token))
                 if is_ours is None:
@@ -148,23 +176,27 @@ class AttemptRunner:
             yield
 
     def _run_engine(
-        self, delivery: Delivery, requests: tuple[EngineRequest, ...], handle: TaskHandle
+        self, requests: tuple[EngineRequest, ...], handle: TaskHandle, tell_claim: Callable[[], None]
     ) -> tuple[Generation, tuple[RequestOutput, ...]]:
-        submitted_at_ns = time_ns()
         generation = self.runtime.submit(requests)
         try:
+            tell_claim()  # now that the engine is at work
             return generation, handle.wait(generation.future)
         except BaseException as ending:
-            self.observer.interrupted(delivery, submitted_at_ns)
             if not isinstance(ending, EngineLost):  # after which nothing is left to abort
                 self.runtime.abort(generation)
             raise
 
     def _settle(self, delivery: Delivery, token: LeaseToken, settlement: Settlement) -> Verdict:
+        return self._tell(delivery, settlement, self._store(delivery, token, settlement))
+
+    def _store(self, delivery: Delivery, token: LeaseToken, settlement: Settlement) -> SettleOutcome | None:
         with self.observer.settling(delivery):
-            outcome = self._insist(
+            return self._insist(
                 lambda: self.store.settle(delivery.id, token, settlement, now=self.clock.now())
             )
+
+    def _tell(self, delivery: Delivery, settlement: Settlement, outcome: SettleOutcome | None) -> Verdict:
         if outcome is None:
             return Verdict.REQUEUE
         self.observer.settled(delivery, settlement, outcome)

@@ -149,8 +149,6 @@ class ChildRuntime:
         assert isinstance(event, Progress)
         if event.stats is not None:
             self._stats = event.stats
-        if event.tally is not None:
-            self._on_steps(event.tally)
         self._steps.progressed(event)
         for output in event.finished:
             self._deaths_in_a_row = 0
@@ -159,6 +157,8 @@ class ChildRuntime:
             failed = self._table.refuse(refusal)
             if failed is not None and len(failed.request_ids) > 1:
                 self._send(Abort(failed.request_ids))
+        if event.tally is not None:  # last: a dozen steps' metrics must not keep an output from its thread
+            self._on_steps(event.tally)
 
     def _replace(self) -> bool:
         """Hand the jobs back and start another engine; False when it has died too often."""

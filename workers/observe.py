@@ -35,6 +35,14 @@ _DROPPED_AS = {
 
 
 @dataclass(frozen=True, slots=True)
+class HandOver:
+    """When a job asked to enter the engine, and when its outputs had come back: Unix nanoseconds."""
+
+    asked_at_ns: int
+    received_at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class AttemptObserver:
     """Called in the task's thread, inside its `process` span. Drawing spans must never fail a job."""
 
@@ -79,13 +87,19 @@ class AttemptObserver:
             previous_traceparent=self._lost(delivery, claim, received_at_ns) or claim.previous_traceparent,
         )
 
-    def interrupted(self, delivery: Delivery, submitted_at_ns: int) -> None:
-        spans.interrupted(
-            otel_context.get_current(),
-            job_id=delivery.id,
-            started_at_ns=submitted_at_ns,
-            ended_at_ns=time.time_ns(),
-        )
+    @contextmanager
+    def interruption_told(self, delivery: Delivery, asked_at_ns: int) -> Iterator[None]:
+        """The time in the engine, or at its door, of a job that leaves it without an output has a span."""
+        try:
+            yield
+        except BaseException:
+            spans.interrupted(
+                otel_context.get_current(),
+                job_id=delivery.id,
+                started_at_ns=asked_at_ns,
+                ended_at_ns=time.time_ns(),
+            )
+            raise
 
     def dropped(self, delivery: Delivery, claim: Claim, received_at_ns: int) -> None:
         self._lost(delivery, claim, received_at_ns)
@@ -102,14 +116,20 @@ class AttemptObserver:
         request: JobRequest,
         params: SamplingParams,
         outputs: tuple[RequestOutput, ...],
+        hand_over: HandOver,
         traced: Mapping[str, TracedRequest] = MappingProxyType({}),
     ) -> None:
         """`traced` is the generation's; it links each prefill to the drawn step that admitted its request."""
         self.metrics.generated(delivery, outputs)
         current = otel_context.get_current()
+        last_ns = max(spans.wall_ns(output.phases.finished_at) for output in outputs)
+        spans.receive_output(
+            current, job_id=delivery.id, started_at_ns=last_ns, ended_at_ns=hand_over.received_at_ns
+        )
         for index, (output, prompt) in enumerate(zip(outputs, request.prompts, strict=True)):
             text = prompt.text if self.captures_content else None
             record = self._record(delivery, params, output, text, traced.get(output.request_id))
+            record = _from_asking(record, hand_over.asked_at_ns)
             if len(outputs) > 1:
                 record = replace(record, item_index=index)
             if index < self.max_item_spans:
@@ -121,6 +141,9 @@ class AttemptObserver:
 
     def settling(self, delivery: Delivery) -> AbstractContextManager[object]:
         return spans.store_result(delivery.id)
+
+    def reporting(self, delivery: Delivery) -> AbstractContextManager[None]:
+        return spans.report(delivery.id)
 
     def settled(self, delivery: Delivery, settlement: Settlement, outcome: SettleOutcome) -> None:
         self.metrics.settled(delivery, settlement, outcome)
@@ -225,6 +248,19 @@ def _waiting_since_ns(delivery: Delivery, claim: Claim) -> int | None:
 def _queued_at_ns(delivery: Delivery, claim: Claim) -> int | None:
     """Published, or last given back by an attempt."""
     return delivery.enqueued_at_ns if claim.released_at is None else round(claim.released_at * 1e9)
+
+
+def _from_asking(record: spans.GenerationRecord, asked_at_ns: int) -> spans.GenerationRecord:
+    """The engine stamps a request when it looks up from the step it is in; its wait began before."""
+    earlier_ns = max(0, record.started_at_ns - asked_at_ns)
+    started_at_ns = record.started_at_ns - earlier_ns
+    first_token = record.time_to_first_token_seconds
+    return replace(
+        record,
+        started_at_ns=started_at_ns,
+        phases=(replace(record.phases[0], start_ns=started_at_ns), *record.phases[1:]),
+        time_to_first_token_seconds=None if first_token is None else first_token + earlier_ns / 1e9,
+    )
 
 
 def _phases(phases: RequestPhases, admitted_by: Mapping[float, SpanContext]) -> tuple[spans.Phase, ...]:

@@ -40,6 +40,8 @@ OUR_SPANS = [
     "fetch result",
     "process throughline-tiny.interactive",
     "queue throughline-tiny.interactive",
+    "receive output",
+    "report",
     "send throughline-tiny.interactive",
     "store job",
     "store result",
@@ -140,9 +142,9 @@ def test_job_and_its_polls_are_told_by_their_trace_ids(traced: TracedStack) -> N
     done = httpx.get(f"{traced.stack.url}{submitted.headers['Location']}?wait=30", timeout=60)
     assert done.json()["status"] == "completed"
     assert done.headers["X-Trace-Id"] != job["trace_id"]
-    # server, accept, store job, send, queue, process, claim, store result, and for each of the two prompts a
-    # generation with three phases
-    spans = traced.spans_of(job["trace_id"], 8 + 2 * 4)
+    # server, accept, store job, send, queue, process, claim, receive output, store result, report, and for
+    # each of the two prompts a generation with three phases
+    spans = traced.spans_of(job["trace_id"], 10 + 2 * 4)
     check_trace_invariants(
         spans, external=["b7ad6b7169203331"], canaries=["Rome is", "Paris is"], failed_job_ids=[]
     )

@@ -25,7 +25,7 @@ POST /v1/jobs SERVER api
 TAIL = """
  store job INTERNAL api"""
 """Before and after what hangs below the send of a job."""
-COMPLETION_SPANS = 14
+COMPLETION_SPANS = 16
 HAND_OVER_SECONDS = 0.025
 """Between two named steps. Measured 0.6 to 3.7 ms on two busy cores, mostly from the engine's process to the
 waiting thread; the bound leaves a slower machine room and still finds a generation without a span."""
@@ -49,6 +49,8 @@ POST /v1/completions SERVER api
  send throughline-tiny.interactive PRODUCER api
   process throughline-tiny.interactive CONSUMER worker 1 completed -> send
    claim INTERNAL worker
+   receive output INTERNAL worker
+   report INTERNAL worker
    store result INTERNAL worker
    text_completion throughline-tiny INTERNAL worker
     engine.decode INTERNAL worker
@@ -88,6 +90,8 @@ def test_job_of_many_prompts_and_its_poll_are_two_traces_with_a_link(traced: Tra
     below = """
   process throughline-tiny.batch CONSUMER worker 1 completed -> send
    claim INTERNAL worker
+   receive output INTERNAL worker
+   report INTERNAL worker
    store result INTERNAL worker"""
     queue = """
   queue throughline-tiny.batch INTERNAL worker"""
@@ -168,6 +172,8 @@ def test_attempts_are_siblings_in_a_row_when_the_engine_is_killed(traced: Traced
    engine.interrupted INTERNAL worker
   process throughline-tiny.batch CONSUMER worker 2 completed -> send, process 1
    claim INTERNAL worker
+   receive output INTERNAL worker
+   report INTERNAL worker
    store result INTERNAL worker
    text_completion throughline-tiny INTERNAL worker
     engine.decode INTERNAL worker
@@ -193,6 +199,8 @@ def test_attempt_of_a_killed_worker_is_drawn_by_the_next(traced: Traced) -> None
   lost throughline-tiny.batch INTERNAL worker 1 ERROR worker_lost
   process throughline-tiny.batch CONSUMER worker 2 completed -> send, lost 1
    claim INTERNAL worker
+   receive output INTERNAL worker
+   report INTERNAL worker
    store result INTERNAL worker
    text_completion throughline-tiny INTERNAL worker
     engine.decode INTERNAL worker

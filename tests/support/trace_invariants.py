@@ -94,12 +94,15 @@ def _is_inside(span: SpanRecord, parent: SpanRecord) -> bool:
     """Below a PRODUCER everything happens later; the wait begins with a stamp taken just before the send.
 
     In link-only mode a wait hangs below the attempt that it led to, and lies before it.
+    A client has its answer, and may end its span, before the server's is done.
     """
     if parent.kind == "PRODUCER":
         return span.end_ns >= parent.start_ns
     if span.name.startswith("queue "):
         return parent.start_ns - _TOLERANCE_NS <= span.end_ns <= parent.end_ns
     starts_after = span.start_ns >= parent.start_ns - _TOLERANCE_NS
+    if parent.kind == "CLIENT" and span.kind == "SERVER":
+        return starts_after
     return starts_after and span.end_ns <= parent.end_ns + _TOLERANCE_NS
 
 
