@@ -67,22 +67,22 @@ class ReplyReader:
         task = asyncio.current_task()
         assert task is not None
         position, pause = "0", FIRST_PAUSE_SECONDS
-        is_cut, checked_at = False, self._now()
+        is_cut, must_check, checked_at = False, False, self._now()
         while not task.cancelling():
             try:
-                if is_cut or self._now() - checked_at > RECHECK_SECONDS:
+                if must_check or self._now() - checked_at > RECHECK_SECONDS:
                     await self._recheck()
-                    is_cut, checked_at, pause = False, self._now(), FIRST_PAUSE_SECONDS
-                for reply in await self._stream.read_replies(
-                    self.replica, position, block_seconds=READ_SECONDS
-                ):
+                    must_check, checked_at = False, self._now()
+                replies = await self._stream.read_replies(self.replica, position, block_seconds=READ_SECONDS)
+                is_cut, pause = False, FIRST_PAUSE_SECONDS
+                for reply in replies:
                     position = reply.position
                     if reply.state.is_final:
                         self._end(reply.id)
             except Exception as error:  # the loop's edge: whatever it is, other waiters need the next round
                 if not is_cut:
                     _log_cut(error, self.num_waiters)
-                is_cut = True
+                is_cut = must_check = True
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 

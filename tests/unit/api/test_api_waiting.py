@@ -147,6 +147,19 @@ async def test_nobody_is_lost_when_jobs_end_and_the_stream_is_lost_during_a_cut(
         assert await asyncio.gather(*waits) == [WaitOutcome.ENDED] * 50
 
 
+async def test_reader_without_waiters_tells_of_a_long_cut_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(waiting, "FIRST_PAUSE_SECONDS", 0.001)
+    store = CutStore()
+    store.is_cut = True
+    async with _running(store), asyncio.timeout(5):
+        while store.num_reads < 6:
+            await asyncio.sleep(0.001)
+
+    assert caplog.text.count("Lost the reply stream") == 1
+
+
 async def test_waiter_is_told_without_its_stream_when_states_are_read_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -1,0 +1,299 @@
+"""The real stack of a drill, and the hand that hurts it.
+
+    clients ──▶ API ──proxy──▶ Valkey (AOF) ◀──proxy each── workers ══▶ engines
+                 └───────────── spans ──▶ receiver ◀────────────┘
+
+Every process is the product's own. What is killed is started again a moment later, as a supervisor would.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import redis
+from pydantic import SecretStr
+
+from jobs.keys import Keys
+from jobs.redis_connection import connect
+from jobs.settings import JobsSettings
+from telemetry.receiver import Receiver
+from tests.chaos.schedule import Fault, Kind
+from tests.support.processes import wait_until
+from tests.support.queue_lab import ROOT, WorkerProcess
+from tests.support.tcp_proxy import TcpProxy
+from tests.support.valkey import ValkeyServer, free_port, running_valkey
+
+MODEL = "throughline-tiny"
+RESTART_SECONDS = 0.5
+"""From a death to the next start."""
+GRACE_SECONDS = 3.0
+STALL_SECONDS = 6.0
+READY_SECONDS = 120.0
+POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Strike:
+    """A fault as it really struck."""
+
+    fault: Fault
+    at: float
+    """Unix seconds."""
+    victim: str
+    pid: int | None = None
+
+
+@dataclass
+class Member:
+    """A process that is started again whenever it has ended."""
+
+    name: str
+    start: Callable[[int], subprocess.Popen[bytes]]
+    """Takes the number of the start, from 0."""
+    process: subprocess.Popen[bytes] = field(init=False)
+    exit_codes: list[int] = field(default_factory=list)
+    num_starts: int = 0
+    last_to_leave: int = -1
+    """The start that was asked to end, and serves for a last moment."""
+
+    def __post_init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.process = self.start(self.num_starts)
+        self.num_starts += 1
+
+    def revive(self) -> None:
+        """Note a death and start anew, RESTART_SECONDS later."""
+        if (code := self.process.poll()) is not None:
+            self.exit_codes.append(code)
+            time.sleep(RESTART_SECONDS)
+            self.restart()
+
+    @property
+    def is_leaving(self) -> bool:
+        return self.process.poll() is not None or self.last_to_leave == self.num_starts - 1
+
+
+class Rig:
+    """One drill's processes. `strike` is called from one thread; its wounds are mended in the background."""
+
+    def __init__(self, folder: Path, server: ValkeyServer, receiver: Receiver, exits: ExitStack) -> None:
+        self.server, self.receiver = server, receiver
+        self.settings = JobsSettings(redis_url=SecretStr(server.url))
+        self.keys = Keys(self.settings.key_prefix)
+        self.client: redis.Redis = connect(self.settings)
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.strikes: list[Strike] = []
+        self.metrics_ports: list[int] = []
+        self._folder = folder
+        self._exits = exits
+        self._wounds: list[tuple[float, Callable[[], None]]] = []
+        """(when to mend, by monotonic time; how)"""
+        self._is_over = threading.Event()
+        self._environment: dict[str, str] = {}
+        self.proxies: dict[str, TcpProxy] = {}
+        self.api: Member
+        self.workers: list[Member] = []
+
+    def begin(self, num_workers: int, *, lease_seconds: float, sample_ratio: float) -> None:
+        """Start everything and return when a completion could be answered."""
+        self.settings = self.settings.model_copy(update={"lease_seconds": lease_seconds})
+        self._environment = {
+            "THROUGHLINE_LEASE_SECONDS": str(lease_seconds),
+            "THROUGHLINE_SHUTDOWN_GRACE_SECONDS": str(GRACE_SECONDS),
+            "THROUGHLINE_ENGINE_STALL_SECONDS": str(STALL_SECONDS),
+            "OTEL_SDK_DISABLED": "",
+            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": self.receiver.grpc_endpoint,
+            "OTEL_BSP_SCHEDULE_DELAY": "200",
+            "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
+            "OTEL_TRACES_SAMPLER_ARG": str(sample_ratio),
+        }
+        self.workers = [self._add_worker(number) for number in range(num_workers)]
+        self.api = Member("api", self._start_api)
+        threading.Thread(target=self._supervise, name="supervisor", daemon=True).start()
+        wait_until(self.is_ready, timeout_seconds=READY_SECONDS, what=f"ready; see {self._folder}")
+
+    def end(self) -> None:
+        self._is_over.set()
+        for member in (self.api, *self.workers):
+            if member.process.poll() is None:
+                member.process.kill()
+            member.process.wait(10)
+        self.client.close()
+
+    def strike(self, fault: Fault) -> Strike | None:
+        """Do harm; None where the chosen victim was down already."""
+        try:
+            struck = self._strike(fault)
+        except (ProcessLookupError, AssertionError, FileNotFoundError):
+            return None  # it ended in the same instant, or its engine was just being replaced
+        if struck is not None:
+            self.strikes.append(struck)
+        return struck
+
+    def mend(self) -> None:
+        """Return when every wound has been dressed and all members live."""
+        wait_until(lambda: not self._wounds, timeout_seconds=READY_SECONDS, what="all wounds dressed")
+        wait_until(self.is_ready, timeout_seconds=READY_SECONDS, what=f"ready again; see {self._folder}")
+
+    def is_ready(self) -> bool:
+        """The API answers and each worker's engine is up."""
+        if self.api.is_leaving:
+            return False
+        try:
+            with urllib.request.urlopen(f"{self.url}/health/ready", timeout=2) as reply:
+                if reply.status != 200:
+                    return False
+        except OSError:
+            return False
+        return all(self._is_consuming(worker) for worker in self.workers)
+
+    def logs(self) -> Iterator[str]:
+        for path in sorted(self._folder.glob("*.log")):
+            yield path.read_text(encoding="utf-8", errors="replace")
+
+    def _is_consuming(self, worker: Member) -> bool:
+        path = self._folder / f"{worker.name}-{worker.num_starts - 1}.log"
+        return not worker.is_leaving and "ready." in path.read_text(errors="replace")
+
+    def _supervise(self) -> None:
+        """A thread that lives as long as the rig, for a leashed process dies with the thread that started it."""
+        while not self._is_over.wait(POLL_SECONDS):
+            for wound in [wound for wound in self._wounds if wound[0] <= time.monotonic()]:
+                with suppress(ProcessLookupError):  # it has been killed meanwhile
+                    wound[1]()
+                self._wounds.remove(wound)
+            for member in (self.api, *self.workers):
+                if member.process.poll() is not None and not self._is_over.is_set():
+                    member.revive()
+
+    def _add_worker(self, number: int) -> Member:
+        name = f"worker-{number}"
+        self.metrics_ports.append(free_port())
+        return Member(name, lambda start: self._start_worker(name, number, start))
+
+    def _start_worker(self, name: str, number: int, start: int) -> subprocess.Popen[bytes]:
+        environment = {
+            **self._environment,
+            "THROUGHLINE_REDIS_URL": self._proxy(name).url,
+            "THROUGHLINE_METRICS_PORT": str(self.metrics_ports[number]),
+        }
+        log = self._folder / f"{name}-{start}.log"
+        return WorkerProcess(f"{name}-{start}", environment, log).process
+
+    def _start_api(self, start: int) -> subprocess.Popen[bytes]:
+        environment = {**self._environment, "THROUGHLINE_REDIS_URL": self._proxy("api").url}
+        argv = [sys.executable, "-m", "cli", "api", "--port", str(self.port), "--drain-seconds", "2"]
+        with (self._folder / f"api-{start}.log").open("wb") as log:
+            return subprocess.Popen(
+                argv,
+                cwd=ROOT,
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def _proxy(self, name: str) -> TcpProxy:
+        if name not in self.proxies:
+            port = urlsplit(self.server.url).port
+            assert port is not None
+            self.proxies[name] = self._exits.enter_context(TcpProxy(port))
+        return self.proxies[name]
+
+    def _strike(self, fault: Fault) -> Strike | None:
+        worker = self.workers[fault.target % len(self.workers)]
+        match fault.kind:
+            case Kind.WORKER_KILL | Kind.WORKER_TERM | Kind.WORKER_PAUSE:
+                return self._strike_process(fault, worker, worker.process.pid)
+            case Kind.API_KILL | Kind.API_TERM:
+                return self._strike_process(fault, self.api, self.api.process.pid)
+            case Kind.ENGINE_KILL | Kind.ENGINE_PAUSE:
+                return self._strike_process(fault, worker, engine_pid(worker.process.pid))
+            case Kind.REDIS_KILL | Kind.REDIS_PAUSE:
+                return self._strike_redis(fault)
+            case Kind.NET_CUT | Kind.NET_DELAY | Kind.NET_HALF_OPEN:
+                return self._strike_network(fault)
+
+    def _strike_process(self, fault: Fault, member: Member, pid: int) -> Strike | None:
+        if member.process.poll() is not None:
+            return None
+        match fault.kind:
+            case Kind.WORKER_KILL | Kind.API_KILL | Kind.ENGINE_KILL:
+                os.kill(pid, signal.SIGKILL)
+            case Kind.WORKER_TERM | Kind.API_TERM:
+                os.kill(pid, signal.SIGTERM)
+                member.last_to_leave = member.num_starts - 1
+            case _:  # a stopped engine is its worker's to end
+                os.kill(pid, signal.SIGSTOP)
+        if fault.kind is Kind.WORKER_PAUSE:
+            past_its_lease = self.settings.visibility_timeout_seconds + 3.0
+            self._later(past_its_lease, lambda: os.kill(pid, signal.SIGCONT))
+        return Strike(fault, time.time(), member.name, pid)
+
+    def _strike_redis(self, fault: Fault) -> Strike | None:
+        if not self.server.is_running():
+            return None
+        if fault.kind is Kind.REDIS_KILL:
+            self.server.kill()
+            self._later(fault.lasts_seconds, self.server.start)
+        else:
+            self.server.pause()
+            self._later(fault.lasts_seconds, self.server.resume)
+        return Strike(fault, time.time(), "redis")
+
+    def _strike_network(self, fault: Fault) -> Strike | None:
+        name = sorted(self.proxies)[fault.target % len(self.proxies)]
+        proxy = self.proxies[name]
+        match fault.kind:
+            case Kind.NET_CUT:
+                proxy.cut()
+            case Kind.NET_DELAY:
+                proxy.delay(0.1)
+                self._later(fault.lasts_seconds, proxy.heal)
+            case _:
+                proxy.freeze()
+                self._later(fault.lasts_seconds, proxy.heal)
+        return Strike(fault, time.time(), f"network of {name}")
+
+    def _later(self, seconds: float, act: Callable[[], None]) -> None:
+        self._wounds.append((time.monotonic() + seconds, act))
+
+
+def engine_pid(worker_pid: int) -> int:
+    found = [
+        int(child)
+        for task in Path(f"/proc/{worker_pid}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
+    assert len(found) == 1, found
+    return found[0]
+
+
+@contextmanager
+def running_rig(
+    folder: Path, *, num_workers: int, lease_seconds: float, sample_ratio: float, max_spans: int
+) -> Iterator[Rig]:
+    with ExitStack() as exits:
+        server = exits.enter_context(running_valkey(tcp=True))
+        receiver = exits.enter_context(Receiver(max_spans=max_spans, max_bytes=2 << 30))
+        rig = Rig(folder, server, receiver, exits)
+        try:
+            rig.begin(num_workers, lease_seconds=lease_seconds, sample_ratio=sample_ratio)
+            yield rig
+        finally:
+            rig.end()
