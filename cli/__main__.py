@@ -14,7 +14,7 @@ import click
 from cli.errors import CliError
 from cli.options import examples
 
-_COMMANDS = ("demo", "up", "api", "worker", "submit", "trace", "doctor", "flower")
+_COMMANDS = ("demo", "up", "api", "worker", "submit", "trace", "bench", "doctor", "flower")
 
 
 class _Commands(click.Group):

@@ -11,6 +11,7 @@ CliError                    a message for the person at the terminal; exit code 
 ├── StackError              the stack could not be started or kept up
 ├── ApiError                the API refused, or answered something else than its contract
 │   └── ApiUnreachableError nothing listens at the URL
+├── NoBenchmarksError       the project lies here without its benchmarks folder
 └── DemoError               a step of the demo did not end as it must
 """
 
@@ -75,3 +76,7 @@ class ApiUnreachableError(CliError):
 
 class DemoError(CliError):
     """A step of the demo failed; the message names the step and the reason."""
+
+
+class NoBenchmarksError(CliError):
+    """The packages are here, the checkout they come from is not."""
