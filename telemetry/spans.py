@@ -354,9 +354,10 @@ def report(job_id: str) -> Iterator[None]:
 
 
 def link_to(context: Context, role: str) -> list[Link]:
-    """A list of one link to the span in `context`; empty where there is none."""
+    """A list of one link to the span in `context`; empty where there is none, or one that nobody keeps."""
     target = trace.get_current_span(context).get_span_context()
-    return [Link(target, {names.LINK_ROLE: role})] if target.is_valid else []
+    is_kept = target.is_valid and target.trace_flags.sampled
+    return [Link(target, {names.LINK_ROLE: role})] if is_kept else []
 
 
 def _tracer(tracer: Tracer | None) -> Tracer:

@@ -88,6 +88,8 @@ class StepTracer:
         return len(self._inside)
 
     def _draw(self, stats: StepStats, *, is_slow: bool) -> None:
+        if self._is_unwanted():
+            return
         joined, left = self._find(stats.joined), self._find(stats.left)
         span = steps.step(
             _record(stats, is_slow=is_slow),
@@ -98,6 +100,12 @@ class StepTracer:
         if span.trace_flags.sampled:
             for request in joined:
                 request.admitted_by[stats.started_at] = span
+
+    def _is_unwanted(self) -> bool:
+        """Whether all that are inside were left out by head sampling, which leaves out their steps too."""
+        with self._lock:
+            spans = [request.span for request in self._inside.values()]
+        return bool(spans) and all(span.is_valid and not span.trace_flags.sampled for span in spans)
 
     def _find(self, request_ids: Iterable[str]) -> list[TracedRequest]:
         with self._lock:
