@@ -115,14 +115,16 @@ class QueueLab:
         *,
         num_prompts: int = 1,
         prompt_length: int = 10,
+        first_token: int = 5,
         expires_in: float | None = None,
         publish: bool = True,
+        max_attempts: int = 3,
         **sampling: Any,
     ) -> JobId:
         """Store and publish a job, as the API does; its prompts differ in their first token."""
         now = time.time()
         prompts = tuple(
-            Prompt(token_ids=(5 + i % 200, *(20 + k % 50 for k in range(prompt_length - 1))))
+            Prompt(token_ids=(first_token + i % 200, *(20 + k % 50 for k in range(prompt_length - 1))))
             for i in range(num_prompts)
         )
         given = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True, **sampling}
@@ -133,6 +135,7 @@ class QueueLab:
             priority="batch",
             created_at=now,
             expires_at=None if expires_in is None else now + expires_in,
+            max_attempts=max_attempts,
         )
         record = new_record(job)
         self.client.hset(self.keys.job(job.id), mapping=record)
@@ -167,9 +170,11 @@ class QueueLab:
         return int(queued + self.client.hlen(self.keys.broker_unacked))
 
     def num_open(self) -> int:
-        return sum(
-            self.client.zcard(self.keys.open(queue)) for queue in self.client.smembers(self.keys.queues)
-        )
+        return sum(len(self.open_ids(queue)) for queue in self.client.smembers(self.keys.queues))
+
+    def open_ids(self, queue: str) -> list[JobId]:
+        """The ledger of a queue."""
+        return [JobId(id) for id in self.client.zrange(self.keys.open(queue), 0, -1)]
 
 
 @contextmanager
