@@ -1,7 +1,8 @@
-"""What an op refuses.
+"""What an op refuses, and what choosing its kernels does.
 
 OpError
-└── OpInputError    shapes or dtypes that do not fit together; never retryable, always the caller's bug
+├── OpInputError             shapes or dtypes that do not fit together; not retryable, the caller's bug
+└── KernelsUnavailableError  native kernels were asked for and cannot be had; not retryable
 """
 
 from __future__ import annotations
@@ -21,3 +22,7 @@ class OpInputError(OpError):
 
     def __reduce__(self) -> tuple[type[OpInputError], tuple[str, str]]:
         return type(self), (self.op, self.problem)
+
+
+class KernelsUnavailableError(OpError):
+    """Says what is missing, and where known how to get it."""

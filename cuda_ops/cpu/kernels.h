@@ -1,0 +1,123 @@
+// What the library asks of one instruction level: plain pointers and numbers, nothing of torch.
+//
+// A kernel computes the items [begin, end) of its arguments, on the calling thread; the library shares items
+// out among threads. Items are independent, so which thread takes which changes no result. Strides and sizes
+// count elements. Everything was checked before.
+#pragma once
+
+#include <cstdint>
+
+namespace throughline {
+
+struct Strided {  // a tensor of up to three axes
+  void* data;
+  int64_t strides[3];
+};
+
+struct PagedCache {  // [num_blocks, num_kv_heads, block_size, head_dim], contiguous
+  const void* keys;
+  const void* values;
+  int64_t num_kv_heads;
+  int64_t block_size;
+  int64_t head_dim;
+};
+
+struct BlockTables {
+  const int32_t* blocks;  // [num_sequences, width]
+  int64_t row_stride;
+};
+
+struct DecodeArguments {  // an item is one key head of one sequence, with the query heads that read it
+  Strided out;            // [num_sequences, num_heads, head_dim]
+  Strided query;          // the same
+  PagedCache cache;
+  BlockTables tables;
+  const int32_t* context_lens;
+  int64_t num_heads;
+  int64_t window;  // tokens that a token sees, itself included; INT64_MAX is all of them
+  float scale;
+};
+
+struct QueryTile {  // consecutive tokens of one sequence that attend together
+  int64_t sequence;
+  int64_t first_row;       // in `query` and `out`
+  int64_t num_tokens;
+  int64_t first_position;  // of the first token, in the sequence's context
+};
+
+struct PrefillArguments {  // an item is one key head of one tile
+  Strided out;             // [num_tokens, num_heads, head_dim]
+  Strided query;           // the same
+  PagedCache cache;
+  BlockTables tables;
+  const QueryTile* tiles;
+  int64_t num_heads;
+  int64_t window;
+  float scale;
+};
+
+struct WriteArguments {  // an item is a token
+  Strided key;           // [num_tokens, num_kv_heads, head_dim]
+  Strided value;
+  void* key_cache;
+  void* value_cache;
+  const int64_t* slots;
+  int64_t num_kv_heads;
+  int64_t block_size;
+  int64_t head_dim;
+};
+
+struct NormArguments {  // an item is a row
+  Strided x;            // [outer, inner, size]
+  void* residual;       // [rows, size], receives x first; null: x is normalised as it is
+  int64_t residual_stride;
+  const void* weight;  // [size]; null is 1
+  const void* bias;    // [size]; null is 0
+  void* out;           // [rows, size], contiguous
+  int64_t inner;       // rows in the middle axis of x
+  int64_t size;
+  float eps;
+};
+
+struct RotaryArguments {  // an item is a token
+  Strided query;          // [num_tokens, num_heads, head_dim]
+  Strided key;
+  const float* cos_sin;  // [num_tokens, 2 * half]
+  int64_t cos_sin_stride;
+  int64_t num_heads;
+  int64_t num_kv_heads;
+  int64_t half;
+};
+
+struct GateArguments {  // an item is a row
+  const void* x;        // [rows, 2 * size]
+  int64_t row_stride;
+  void* out;  // [rows, size], contiguous
+  int64_t size;
+};
+
+template <class Arguments>
+using Kernel = void (*)(const Arguments&, int64_t begin, int64_t end);
+
+template <class Arguments>
+struct ByType {
+  Kernel<Arguments> float32;
+  Kernel<Arguments> bfloat16;
+};
+
+struct Kernels {
+  ByType<DecodeArguments> decode;
+  ByType<PrefillArguments> prefill;
+  ByType<WriteArguments> write_kv;
+  ByType<NormArguments> rms_norm;
+  ByType<NormArguments> layer_norm;
+  ByType<RotaryArguments> rotary;
+  ByType<GateArguments> silu_and_mul;
+};
+
+// One translation unit each, compiled for its instructions.
+namespace baseline { extern const Kernels kernels; }
+namespace x86_64_v3 { extern const Kernels kernels; }
+namespace x86_64_v4 { extern const Kernels kernels; }
+
+}  // namespace throughline

@@ -1,0 +1,29 @@
+// All kernels for one instruction level: compiled once for each, with THROUGHLINE_LEVEL naming it and the
+// compiler told of its instructions. Everything is in an unnamed namespace, so that no level's code can stand
+// in for another's.
+#include "kernels.h"
+
+namespace throughline {
+namespace {
+
+#include "vector.h"
+#include "decode.h"
+#include "prefill.h"
+#include "rows.h"
+
+}  // namespace
+
+namespace THROUGHLINE_LEVEL {
+
+extern const Kernels kernels = {
+    {decode<float>, decode<BFloat16>},
+    {prefill<float>, prefill<BFloat16>},
+    {write_kv<float>, write_kv<BFloat16>},
+    {rms_norm<float>, rms_norm<BFloat16>},
+    {layer_norm<float>, layer_norm<BFloat16>},
+    {rotary<float>, rotary<BFloat16>},
+    {silu_and_mul<float>, silu_and_mul<BFloat16>},
+};
+
+}  // namespace THROUGHLINE_LEVEL
+}  // namespace throughline

@@ -1,0 +1,349 @@
+// The library's face: checks tensors, shares a call's items out among torch's threads, and registers with
+// torch's dispatcher. Built on the stable ABI of torch 2.11, so one file serves every later torch.
+//
+// Nothing is registered when the library is loaded; `throughline_cpu_use` does that, and says at which level.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace throughline {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct Level {
+  const char* name;
+  const Kernels* kernels;
+  bool (*is_supported)();
+};
+
+bool always() { return true; }
+#if defined(__x86_64__)
+bool has_v3() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"); }
+bool has_v4() {
+  return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+const Level kLevels[] = {  // best first
+#if defined(__x86_64__)
+    {"x86-64-v4", &x86_64_v4::kernels, has_v4},
+    {"x86-64-v3", &x86_64_v3::kernels, has_v3},
+#endif
+    {"baseline", &baseline::kernels, always},
+};
+
+const Level* level_in_use = nullptr;
+
+// Sharing out costs the wake of a sleeping thread: less work than this is not worth it. In elements touched.
+constexpr int64_t kWorthSharing = 64 * 1024;
+
+// Threads draw items a few at a time, so that one long sequence, or a core that others use, holds up no one.
+template <class Arguments>
+void run(const ByType<Arguments>& kernels, ScalarType type, const Arguments& arguments, int64_t num_items,
+         int64_t elements) {
+  const auto kernel = type == ScalarType::Float ? kernels.float32 : kernels.bfloat16;
+  const int64_t threads = torch::stable::get_num_threads();
+  if (num_items == 0) return;
+  if (threads == 1 || num_items == 1 || elements < kWorthSharing) {
+    kernel(arguments, 0, num_items);
+    return;
+  }
+  const int64_t share = std::max<int64_t>(1, num_items / (threads * 8));
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(share, std::memory_order_relaxed)) < num_items;)
+      kernel(arguments, begin, std::min(begin + share, num_items));
+  });
+}
+
+ScalarType type_of(const char* op, const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, op, ": float32 or bfloat16 is needed");
+  return type;
+}
+
+void check_type(const char* op, const char* name, const Tensor& tensor, ScalarType type) {
+  STD_TORCH_CHECK(tensor.scalar_type() == type, op, ": ", name, " has another dtype than the op needs");
+}
+
+void check_shape(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
+  bool is_right = tensor.dim() == static_cast<int64_t>(shape.size());
+  int64_t axis = 0;
+  for (const int64_t size : shape) is_right = is_right && tensor.size(axis++) == size;
+  STD_TORCH_CHECK(is_right, op, ": ", name, " has another shape than the other arguments ask for");
+}
+
+void check_contiguous(const char* op, const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
+}
+
+Strided strided(const Tensor& tensor) {
+  return {tensor.data_ptr(), {tensor.stride(0), tensor.stride(1), tensor.stride(2)}};
+}
+
+PagedCache cache_of(const char* op, const Tensor& keys, const Tensor& values, ScalarType type) {
+  STD_TORCH_CHECK(keys.dim() == 4, op, ": key_cache must have four axes");
+  check_shape(op, "value_cache", values, {keys.size(0), keys.size(1), keys.size(2), keys.size(3)});
+  check_type(op, "key_cache", keys, type);
+  check_type(op, "value_cache", values, type);
+  check_contiguous(op, "key_cache", keys);
+  check_contiguous(op, "value_cache", values);
+  return {keys.data_ptr(), values.data_ptr(), keys.size(1), keys.size(2), keys.size(3)};
+}
+
+void check_heads(const char* op, const Tensor& out, const Tensor& query, const PagedCache& cache) {
+  STD_TORCH_CHECK(query.dim() == 3 && query.size(2) == cache.head_dim, op, ": query does not fit key_cache");
+  STD_TORCH_CHECK(query.size(1) % cache.num_kv_heads == 0, op, ": query heads must be a multiple of key heads");
+  check_shape(op, "out", out, {query.size(0), query.size(1), query.size(2)});
+  check_type(op, "out", out, query.scalar_type());
+}
+
+int64_t window_of(const char* op, const std::optional<int64_t>& sliding_window) {
+  STD_TORCH_CHECK(!sliding_window || *sliding_window >= 1, op, ": sliding_window must be at least 1");
+  return sliding_window.value_or(std::numeric_limits<int64_t>::max());
+}
+
+// Kernels follow tables blindly, so each context's entries are looked at here; 64 sequences cost a microsecond.
+BlockTables check_tables(const char* op, const Tensor& tables, const Tensor& lengths, const Tensor& key_cache) {
+  check_type(op, "block_tables", tables, ScalarType::Int);
+  check_type(op, "context_lens", lengths, ScalarType::Int);
+  check_contiguous(op, "context_lens", lengths);
+  STD_TORCH_CHECK(tables.dim() == 2 && tables.size(0) == lengths.size(0), op, ": block_tables needs a row a sequence");
+  STD_TORCH_CHECK(tables.stride(1) == 1 || tables.size(1) <= 1, op, ": rows of block_tables must be contiguous");
+  const BlockTables result{static_cast<const int32_t*>(tables.data_ptr()), tables.stride(0)};
+  const auto* lens = static_cast<const int32_t*>(lengths.data_ptr());
+  const int64_t block_size = key_cache.size(2), num_blocks = key_cache.size(0);
+  for (int64_t sequence = 0; sequence < lengths.size(0); ++sequence) {
+    const int64_t used = (lens[sequence] + block_size - 1) / block_size;
+    STD_TORCH_CHECK(lens[sequence] >= 1 && used <= tables.size(1), op, ": a context length does not fit block_tables");
+    const int32_t* row = result.blocks + sequence * result.row_stride;
+    for (int64_t i = 0; i < used; ++i)
+      STD_TORCH_CHECK(row[i] >= 0 && row[i] < num_blocks, op, ": block_tables names a block that is not there");
+  }
+  return result;
+}
+
+void paged_attention_decode(Tensor out, Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables,
+                            Tensor context_lens, int64_t max_context_len, double scale,
+                            std::optional<int64_t> sliding_window) {
+  const char* op = "paged_attention_decode";
+  const ScalarType type = type_of(op, query);
+  const PagedCache cache = cache_of(op, key_cache, value_cache, type);
+  check_heads(op, out, query, cache);
+  STD_TORCH_CHECK(query.size(0) == context_lens.size(0), op, ": query needs a row a sequence");
+  const BlockTables tables = check_tables(op, block_tables, context_lens, key_cache);
+  const DecodeArguments arguments{strided(out), strided(query), cache, tables,
+                                  static_cast<const int32_t*>(context_lens.data_ptr()), query.size(1),
+                                  window_of(op, sliding_window), static_cast<float>(scale)};
+  const int64_t items = query.size(0) * cache.num_kv_heads;
+  run(level_in_use->kernels->decode, type, arguments, items, items * cache.head_dim * max_context_len);
+}
+
+// A tile's rows are tokens times heads that share a key head; 32 rows use the arithmetic well.
+std::vector<QueryTile> tiles_of(const Tensor& query_start, const Tensor& context_lens, int64_t num_rows, int64_t group) {
+  const char* op = "paged_attention_prefill";
+  check_type(op, "query_start", query_start, ScalarType::Int);
+  check_contiguous(op, "query_start", query_start);
+  check_shape(op, "query_start", query_start, {context_lens.size(0) + 1});
+  const auto* starts = static_cast<const int32_t*>(query_start.data_ptr());
+  const auto* lens = static_cast<const int32_t*>(context_lens.data_ptr());
+  const int64_t tokens = std::max<int64_t>(1, 32 / group);
+  std::vector<QueryTile> tiles;
+  for (int64_t sequence = 0; sequence < context_lens.size(0); ++sequence) {
+    const int64_t begin = starts[sequence], end = starts[sequence + 1];
+    STD_TORCH_CHECK(0 <= begin && begin <= end && end <= num_rows, op, ": query_start does not fit query");
+    STD_TORCH_CHECK(end - begin <= lens[sequence], op, ": a sequence has more queries than context");
+    for (int64_t row = begin; row < end; row += tokens)
+      tiles.push_back({sequence, row, std::min(tokens, end - row), lens[sequence] - (end - row)});
+  }
+  return tiles;
+}
+
+void paged_attention_prefill(Tensor out, Tensor query, Tensor key_cache, Tensor value_cache, Tensor query_start,
+                             Tensor context_lens, Tensor block_tables, double scale,
+                             std::optional<int64_t> sliding_window) {
+  const char* op = "paged_attention_prefill";
+  const ScalarType type = type_of(op, query);
+  const PagedCache cache = cache_of(op, key_cache, value_cache, type);
+  check_heads(op, out, query, cache);
+  const BlockTables tables = check_tables(op, block_tables, context_lens, key_cache);
+  const auto tiles = tiles_of(query_start, context_lens, query.size(0), query.size(1) / cache.num_kv_heads);
+  const PrefillArguments arguments{strided(out), strided(query), cache, tables, tiles.data(), query.size(1),
+                                   window_of(op, sliding_window), static_cast<float>(scale)};
+  const int64_t items = static_cast<int64_t>(tiles.size()) * cache.num_kv_heads;
+  run(level_in_use->kernels->prefill, type, arguments, items, items * 32 * 32 * cache.head_dim);
+}
+
+void write_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slot_mapping) {
+  const char* op = "write_kv";
+  const ScalarType type = type_of(op, key);
+  const PagedCache cache = cache_of(op, key_cache, value_cache, type);
+  const int64_t num_tokens = key.size(0), num_slots = key_cache.size(0) * cache.block_size;
+  check_shape(op, "key", key, {num_tokens, cache.num_kv_heads, cache.head_dim});
+  check_shape(op, "value", value, {num_tokens, cache.num_kv_heads, cache.head_dim});
+  check_type(op, "value", value, type);
+  check_type(op, "slot_mapping", slot_mapping, ScalarType::Long);
+  check_shape(op, "slot_mapping", slot_mapping, {num_tokens});
+  check_contiguous(op, "slot_mapping", slot_mapping);
+  const auto* slots = static_cast<const int64_t*>(slot_mapping.data_ptr());
+  for (int64_t token = 0; token < num_tokens; ++token)
+    STD_TORCH_CHECK(slots[token] >= 0 && slots[token] < num_slots, op, ": slot_mapping names a slot that is not there");
+  const WriteArguments arguments{strided(key), strided(value), key_cache.data_ptr(), value_cache.data_ptr(), slots,
+                                 cache.num_kv_heads, cache.block_size, cache.head_dim};
+  run(level_in_use->kernels->write_kv, type, arguments, num_tokens, 2 * key.numel());
+}
+
+// Rows in at most two outer axes; tensors of other shapes are copied first.
+Tensor as_rows(const Tensor& x) { return x.dim() <= 3 ? x : torch::stable::contiguous(x); }
+
+Strided rows_of(const Tensor& x, int64_t* inner) {
+  const int64_t dim = x.dim(), size = x.size(dim - 1);
+  *inner = dim == 3 ? x.size(1) : std::max<int64_t>(1, dim < 2 ? 1 : x.numel() / std::max<int64_t>(1, size));
+  if (dim == 3) return strided(x);
+  return {x.data_ptr(), {0, dim == 1 ? 0 : x.stride(dim - 2), x.stride(dim - 1)}};
+}
+
+const void* affine(const char* op, const char* name, const std::optional<Tensor>& tensor, const Tensor& x) {
+  if (!tensor) return nullptr;
+  check_type(op, name, *tensor, x.scalar_type());
+  check_shape(op, name, *tensor, {x.size(x.dim() - 1)});
+  check_contiguous(op, name, *tensor);
+  return tensor->data_ptr();
+}
+
+Tensor normalise(const char* op, const ByType<NormArguments>& kernels, const Tensor& given, const Tensor* residual,
+                 const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps) {
+  const ScalarType type = type_of(op, given);
+  STD_TORCH_CHECK(given.dim() >= 1, op, ": x needs an axis");
+  const Tensor x = as_rows(given);
+  const Tensor out = torch::stable::new_empty(given, given.sizes());
+  NormArguments arguments{};
+  arguments.x = rows_of(x, &arguments.inner);
+  if (residual != nullptr) {
+    check_type(op, "residual", *residual, type);
+    STD_TORCH_CHECK(given.dim() == 2, op, ": x must have two axes");
+    check_shape(op, "residual", *residual, {given.size(0), given.size(1)});
+    STD_TORCH_CHECK(residual->stride(1) == 1 || given.size(1) <= 1, op, ": rows of residual must be contiguous");
+    arguments.residual = residual->data_ptr();
+    arguments.residual_stride = residual->stride(0);
+  }
+  arguments.weight = affine(op, "weight", weight, given);
+  arguments.bias = affine(op, "bias", bias, given);
+  arguments.out = out.data_ptr();
+  arguments.size = given.size(given.dim() - 1);
+  arguments.eps = static_cast<float>(eps);
+  const int64_t rows = arguments.size == 0 ? 0 : given.numel() / arguments.size;
+  run(kernels, type, arguments, rows, given.numel());
+  return out;
+}
+
+Tensor rms_norm(Tensor x, Tensor weight, double eps) {
+  return normalise("rms_norm", level_in_use->kernels->rms_norm, x, nullptr, weight, std::nullopt, eps);
+}
+
+Tensor add_rms_norm(Tensor x, Tensor residual, Tensor weight, double eps) {
+  return normalise("add_rms_norm", level_in_use->kernels->rms_norm, x, &residual, weight, std::nullopt, eps);
+}
+
+Tensor layer_norm(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, double eps) {
+  return normalise("layer_norm", level_in_use->kernels->layer_norm, x, nullptr, weight, bias, eps);
+}
+
+Tensor add_layer_norm(Tensor x, Tensor residual, std::optional<Tensor> weight, std::optional<Tensor> bias, double eps) {
+  return normalise("add_layer_norm", level_in_use->kernels->layer_norm, x, &residual, weight, bias, eps);
+}
+
+void rotary_embedding(Tensor query, Tensor key, Tensor cos_sin) {
+  const char* op = "rotary_embedding";
+  const ScalarType type = type_of(op, query);
+  STD_TORCH_CHECK(query.dim() == 3 && cos_sin.dim() == 2, op, ": query needs three axes, cos_sin two");
+  check_shape(op, "key", key, {query.size(0), key.size(1), query.size(2)});
+  check_type(op, "key", key, type);
+  check_type(op, "cos_sin", cos_sin, ScalarType::Float);
+  STD_TORCH_CHECK(cos_sin.size(0) == query.size(0) && cos_sin.size(1) <= query.size(2) && cos_sin.size(1) % 2 == 0, op,
+                  ": cos_sin does not fit query");
+  STD_TORCH_CHECK(cos_sin.stride(1) == 1 || cos_sin.size(1) <= 1, op, ": rows of cos_sin must be contiguous");
+  const RotaryArguments arguments{strided(query), strided(key), static_cast<const float*>(cos_sin.data_ptr()),
+                                  cos_sin.stride(0), query.size(1), key.size(1), cos_sin.size(1) / 2};
+  run(level_in_use->kernels->rotary, type, arguments, query.size(0), query.numel() + key.numel());
+}
+
+Tensor silu_and_mul(Tensor given) {
+  const char* op = "silu_and_mul";
+  const ScalarType type = type_of(op, given);
+  STD_TORCH_CHECK(given.dim() >= 1 && given.size(given.dim() - 1) % 2 == 0, op, ": the last axis must be even");
+  const bool is_plain = given.dim() == 2 && given.stride(1) == 1;
+  const Tensor x = is_plain ? given : torch::stable::contiguous(given);
+  const int64_t width = x.size(x.dim() - 1);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = width / 2;
+  const Tensor out = torch::stable::new_empty(x, shape);
+  const GateArguments arguments{x.data_ptr(), is_plain ? x.stride(0) : width, out.data_ptr(), width / 2};
+  run(level_in_use->kernels->silu_and_mul, type, arguments, width == 0 ? 0 : x.numel() / width, x.numel());
+  return out;
+}
+
+std::unique_ptr<torch::stable::detail::StableLibrary> registration;
+
+void register_ops() {
+  using torch::stable::detail::StableLibrary;
+  registration = std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "throughline", "CPU", __FILE__, __LINE__);
+  registration->impl("paged_attention_decode", TORCH_BOX(&paged_attention_decode));
+  registration->impl("paged_attention_prefill", TORCH_BOX(&paged_attention_prefill));
+  registration->impl("write_kv", TORCH_BOX(&write_kv));
+  registration->impl("rms_norm", TORCH_BOX(&rms_norm));
+  registration->impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
+  registration->impl("layer_norm", TORCH_BOX(&layer_norm));
+  registration->impl("add_layer_norm", TORCH_BOX(&add_layer_norm));
+  registration->impl("rotary_embedding", TORCH_BOX(&rotary_embedding));
+  registration->impl("silu_and_mul", TORCH_BOX(&silu_and_mul));
+}
+
+}  // namespace
+}  // namespace throughline
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Names the levels that this machine can run, best first, separated by spaces.
+EXPORT const char* throughline_cpu_levels() {
+  static const std::string names = [] {
+    std::string joined;
+    for (const auto& level : throughline::kLevels)
+      if (level.is_supported()) joined += (joined.empty() ? "" : " ") + std::string(level.name);
+    return joined;
+  }();
+  return names.c_str();
+}
+
+// Lets torch's dispatcher call this library for tensors on the CPU, at the named level. Returns 0, or 1 where
+// this machine has no such level, or 2 where torch refused the registration. Not while an op runs.
+EXPORT int throughline_cpu_use(const char* name) {
+  for (const auto& level : throughline::kLevels) {
+    if (std::string(name) != level.name || !level.is_supported()) continue;
+    throughline::level_in_use = &level;
+    try {
+      if (!throughline::registration) throughline::register_ops();
+    } catch (...) {
+      throughline::registration.reset();
+      return 2;
+    }
+    return 0;
+  }
+  return 1;
+}
+
+// Gives the ops back to their reference. Not while an op runs.
+EXPORT void throughline_cpu_release() { throughline::registration.reset(); }
