@@ -9,6 +9,7 @@ from engine.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda"]
+Kernels = Literal["auto", "native", "reference"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,8 @@ class EngineConfig:
         max_model_len: Prompt plus generated tokens; `None` takes the model's own limit.
         keeps_prefixes: Whether full blocks are kept after their requests, for prompts that begin alike.
         num_threads: Threads of the CPU operators; `None` leaves the process as it is.
+        kernels: What the ops on the CPU run, for the whole process: `auto` takes native kernels where they
+            are built, `native` insists on them, `reference` is plain torch.
     """
 
     model: str
@@ -40,12 +43,14 @@ class EngineConfig:
     max_model_len: int | None = None
     keeps_prefixes: bool = True
     num_threads: int | None = None
+    kernels: Kernels = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
             raise ConfigError("model", self.model, "must be a folder or a hub name, and not empty")
         _check_choice("dtype", self.dtype, get_args(Dtype))
         _check_choice("device", self.device, get_args(Device))
+        _check_choice("kernels", self.kernels, get_args(Kernels))
         for field in ("block_size", "kv_cache_bytes", "max_num_sequences", "max_num_batched_tokens"):
             _check_positive(field, getattr(self, field))
         for field in ("num_blocks", "max_model_len", "num_threads"):

@@ -13,6 +13,8 @@ from itertools import accumulate, count, groupby
 import torch
 from torch import Tensor
 
+from cuda_ops.errors import KernelsUnavailableError
+from cuda_ops.native import use_kernels
 from engine.admission import ModelInfo, check_request
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig
@@ -99,13 +101,14 @@ class Engine:
         """Load the weights and make the cache; `progress` is told of each stage in a few words.
 
         Raises:
-            ConfigError: the device is not there, or the model does not fit the configuration.
+            ConfigError: the device or the kernels are not there, or the model does not fit the configuration.
             ModelLoadError: the folder or name holds no model that can be loaded.
         """
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device", config.device, "needs a CUDA device that torch can use")
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
+        _choose_kernels(config, progress)
         loaded = load_model(
             config.model,
             dtype=getattr(torch, config.dtype),
@@ -365,6 +368,15 @@ def _describe(loaded: LoadedModel, config: EngineConfig, shape: KVCacheShape) ->
         max_num_sequences=config.max_num_sequences,
         tokenizer=loaded.tokenizer,
     )
+
+
+def _choose_kernels(config: EngineConfig, progress: Callable[[str], None] | None) -> None:
+    try:
+        in_use = use_kernels(config.kernels)
+    except KernelsUnavailableError as error:
+        raise ConfigError("kernels", config.kernels, f"cannot be had: {error}") from error
+    if progress is not None and config.device == "cpu":
+        progress(f"CPU kernels: {in_use.level or f'reference in plain torch ({in_use.reason})'}")
 
 
 def _cache_shape(model: ModelConfig, config: EngineConfig) -> KVCacheShape:

@@ -68,6 +68,7 @@ def engine_runtime(
         kv_cache_bytes=settings.kv_cache_bytes,
         keeps_prefixes=settings.prefix_cache,
         num_threads=settings.engine_threads,
+        kernels=settings.kernels,
     )
     steps = StepTracer(settings.step_sampling)
     if settings.engine == "inline":

@@ -37,6 +37,8 @@ class WorkerSettings(BaseSettings):
     """Keep computed blocks for prompts that begin alike, until their room is needed."""
     num_threads: int | None = Field(default=None, ge=1)
     """Of the CPU operators; unset leaves it to torch."""
+    kernels: Literal["auto", "native", "reference"] = "auto"
+    """Of our own operators on the CPU: `native` ones where built (`auto`), or plain torch (`reference`)."""
     engine: Literal["process", "inline"] = "process"
     """`inline` runs the engine in the worker itself, for debugging: a crash then costs the worker."""
     engine_start_seconds: float = Field(default=600.0, gt=0)

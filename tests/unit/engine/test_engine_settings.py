@@ -35,6 +35,7 @@ POLICY_MODULES = (
         ("model", ""),
         ("dtype", "float16"),
         ("device", "tpu"),
+        ("kernels", "fast"),
         ("block_size", 0),
         ("num_blocks", -1),
         ("kv_cache_bytes", 1.5),
