@@ -8,6 +8,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -47,8 +48,8 @@ class Jobs:
         self.traced = traced
         self._seen = len(traced.receiver.spans())
 
-    def run(self, number: int, **fields: object) -> list[str]:
-        """Process spans of the jobs, all of them told by the last step that they were in."""
+    def run(self, number: int, **fields: Any) -> list[str]:
+        """Ids of jobs that have ended, the last step of each drawn."""
         ids = [self.traced.post(**fields).json()["id"] for _ in range(number)]
         self.wait_left(ids)
         return ids
@@ -175,7 +176,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QueueLab]:
 
 
 @contextmanager
-def spans_of_worker(lab: QueueLab, **environment: str) -> Iterator[Callable[[], list[SpanRecord]]]:
+def spans_of_worker(lab: QueueLab, **environment: Any) -> Iterator[Callable[[], list[SpanRecord]]]:
     """A worker of its own; asked for its spans it stops first, which sends the last of them."""
     with Receiver() as receiver:
         worker = lab.start_worker(OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=receiver.grpc_endpoint, **environment)
