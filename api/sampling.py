@@ -11,6 +11,7 @@ from jobs.model import Prompt
 from jobs.registry import ModelCard
 
 FIELDS = (
+    "min_tokens",
     "temperature",
     "top_p",
     "top_k",
@@ -27,6 +28,8 @@ FIELDS = (
     "logprobs",
     "echo",
     "include_stop_str_in_output",
+    "skip_special_tokens",
+    "bad_words",
     "presence_penalty",
     "frequency_penalty",
     "repetition_penalty",
@@ -44,12 +47,17 @@ def to_sampling(body: CompletionBody, card: ModelCard, prompts: Sequence[Prompt]
     """
     check_options(body, card)
     given = {name: value for name in FIELDS if (value := getattr(body, name)) is not None}
-    for name in ("stop", "stop_token_ids"):
+    for name in ("stop", "stop_token_ids", "bad_words"):
         if name in given:
             given[name] = list(given[name])
     if body.logit_bias is not None:
         given["logit_bias"] = {str(token): bias for token, bias in body.logit_bias.items()}
-    return {"max_tokens": fit_max_tokens(body, card, prompts), **given}
+    max_tokens = fit_max_tokens(body, card, prompts)
+    if body.min_tokens is not None and body.min_tokens > max_tokens:
+        raise InvalidRequest(
+            "min_tokens", body.min_tokens, f"must be at most max_tokens, which is {max_tokens}"
+        )
+    return {"max_tokens": max_tokens, **given}
 
 
 def check_options(body: CompletionBody, card: ModelCard) -> None:

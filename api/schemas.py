@@ -20,6 +20,7 @@ MAX_COMPLETIONS = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1000
 MAX_STOP_TOKEN_IDS = 1024
+MAX_BAD_WORDS = 128
 MAX_EXPIRY_SECONDS = 30 * 24 * 3600
 MAX_METADATA_PAIRS = 16
 
@@ -46,6 +47,7 @@ class CompletionBody(BaseModel):
     prompt: Any
     """A string, a list of strings, a list of token ids or a list of those; see `api.prompts`."""
     max_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[Number, Field(ge=0.0)] | None = None
     top_p: Annotated[Number, Field(gt=0.0, le=1.0)] | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_minus_one_is_off)] | None = None
@@ -65,6 +67,10 @@ class CompletionBody(BaseModel):
     logprobs: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
     include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    bad_words: (
+        Annotated[tuple[StopString, ...], Field(max_length=MAX_BAD_WORDS), BeforeValidator(_as_list)] | None
+    ) = None
     presence_penalty: Annotated[Number, Field(ge=-2.0, le=2.0)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2.0, le=2.0)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0.0)] | None = None

@@ -242,7 +242,7 @@ class Engine:
                 deltas += progress.accept_nothing()
                 self._remove(progress)
             elif isinstance(progress, SampledProgress):
-                own = self._sampler_rows(request, request_rows)
+                own = self._sampler_rows(progress, request_rows)
                 rows += own
                 sampled += [progress] * len(own)
         tokens = sample(logits, rows)
@@ -256,12 +256,13 @@ class Engine:
                 self._finish_sequence(progress, row.sequence, now)
         return deltas
 
-    def _sampler_rows(self, request: Request, request_rows: list[int]) -> list[SamplerRow]:
+    def _sampler_rows(self, progress: RequestProgress, request_rows: list[int]) -> list[SamplerRow]:
+        request = progress.request
         if not request.is_forked and request.params.width > 1:
             self._scheduler.fork(request)
             request_rows = request_rows * request.params.width
         return [
-            SamplerRow(row, sequence, request.params, request.seed)
+            SamplerRow(row, sequence, request.params, request.seed, progress.forbidden(sequence))
             for row, sequence in zip(request_rows, request.sequences, strict=True)
         ]
 
@@ -269,7 +270,8 @@ class Engine:
         """`logits`: `[num_beams, vocab_size]`, of the request's live sequences in order."""
         request = progress.request
         num_top = max(progress.search.num_candidates, request.params.logprobs or 0)
-        live = progress.advance(most_probable(logits, num_top))
+        forbidden = [progress.forbidden(sequence) for sequence in request.sequences]
+        live = progress.advance(most_probable(logits, num_top, forbidden))
         progress.phases.got_token(self._clock())
         if not live:
             self._remove(progress)

@@ -26,11 +26,14 @@ class IncrementalDetokenizer:
     character: with byte fallback a whole run of bytes becomes replacements while its last one is incomplete.
     """
 
-    __slots__ = ("_decoder", "_num_emitted", "_num_settled", "_window")
+    __slots__ = ("_decoder", "_num_emitted", "_num_settled", "_skip_special_tokens", "_window")
 
-    def __init__(self, decoder: Decoder, context: Sequence[int] = ()) -> None:
+    def __init__(
+        self, decoder: Decoder, context: Sequence[int] = (), *, skip_special_tokens: bool = True
+    ) -> None:
         """`context` holds the tokens before the first one pushed; only the last few matter."""
         self._decoder = decoder
+        self._skip_special_tokens = skip_special_tokens
         self._window = list(context[-_NUM_CONTEXT_TOKENS:])
         self._num_emitted = len(self._decode()) if self._window else 0
         self._num_settled = len(self._window)
@@ -56,10 +59,13 @@ class IncrementalDetokenizer:
 
     def _settle(self) -> None:
         """All text so far is out; if the window is long, keep only the latest segment that has text."""
-        if len(self._window) > _MAX_WINDOW_TOKENS and self._decoder.decode(self._window[self._num_settled :]):
+        if len(self._window) > _MAX_WINDOW_TOKENS and self._text_of(self._window[self._num_settled :]):
             del self._window[: self._num_settled]
             self._num_emitted = len(self._decode())
         self._num_settled = len(self._window)
 
     def _decode(self) -> str:
-        return self._decoder.decode(self._window)
+        return self._text_of(self._window)
+
+    def _text_of(self, token_ids: Sequence[int]) -> str:
+        return self._decoder.decode(token_ids, self._skip_special_tokens)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from engine.beam import BeamSearch, Candidate, Ending, FinishedBeam
 from engine.detokenizer import IncrementalDetokenizer
+from engine.forbidden import ForbiddenTokens
 from engine.outputs import Completion, FinishReason, Logprobs, RequestOutput, TokenDelta, Usage
 from engine.sampling import SamplingParams
 from engine.sequence import Request, Sequence, TokenLogprob
@@ -52,6 +53,7 @@ class RequestProgress(ABC):
         self._prompt_token_ids = root.token_ids[: root.num_prompt_tokens]
         self._echoed = self._echoed_text(prompt_text)
         self._eos_token_ids = frozenset() if request.params.ignore_eos else eos_token_ids
+        self._forbidden = ForbiddenTokens.of(request.params, self._eos_token_ids, texts)
 
     @property
     def params(self) -> SamplingParams:
@@ -63,6 +65,12 @@ class RequestProgress(ABC):
         return (
             self.params.needs_prompt_logprobs and len(self.prompt_logprobs) < len(self._prompt_token_ids) - 1
         )
+
+    def forbidden(self, sequence: Sequence) -> frozenset[int]:
+        """Tokens that the sequence must not take next."""
+        if not self.params.limits_tokens:
+            return frozenset()
+        return self._forbidden.after(sequence.output_token_ids)
 
     @abstractmethod
     def abort(self) -> None:
@@ -91,7 +99,9 @@ class RequestProgress(ABC):
     def _echoed_text(self, prompt_text: str | None) -> str:
         if not self.params.echo:
             return ""
-        return self._texts.decode(self._prompt_token_ids) if prompt_text is None else prompt_text
+        if prompt_text is not None:
+            return prompt_text
+        return self._texts.decode(self._prompt_token_ids, self.params.skip_special_tokens)
 
     def _ending_of_token(self, token_id: int, num_output_tokens: int) -> Ending | None:
         if token_id in self._eos_token_ids:
@@ -151,7 +161,7 @@ class RequestProgress(ABC):
         )
 
     def _prompt_offsets(self) -> list[int]:
-        detokenizer = IncrementalDetokenizer(self._texts)
+        detokenizer = IncrementalDetokenizer(self._texts, skip_special_tokens=self.params.skip_special_tokens)
         offsets, length = [], 0
         for token_id in self._prompt_token_ids:
             offsets.append(length)

@@ -3,7 +3,7 @@
     greedy                      one argmax
     temperature                 softmax and cumulative sum over the vocabulary, one uniform number a row
     top_k, top_p, min_p         the same over the most probable tokens only, sorted
-    penalties, logit_bias       on the rows that have them, before the above
+    penalties, logit_bias       on the rows that have them, before the above; forbidden tokens likewise
     log-probabilities           log-softmax of the model's own logits, on the rows that want it
 
 The draw is by inversion: one uniform number a token, so a row's token depends on its own logits and number
@@ -32,12 +32,18 @@ class SamplerRow:
 
     Attributes:
         row: Of the logits; several sequences may share one, right after a fork.
+        forbidden: Tokens that must not be chosen.
     """
 
     row: int
     sequence: Sequence
     params: SamplingParams
     seed: int
+    forbidden: frozenset[int] = frozenset()
+
+    @property
+    def changes_logits(self) -> bool:
+        return self.params.changes_logits or bool(self.forbidden)
 
     @property
     def draw(self) -> float:
@@ -84,9 +90,17 @@ def score(logits: Tensor, token_ids: SequenceOf[int], num_top: int) -> list[Toke
 
 
 @torch.inference_mode()
-def most_probable(logits: Tensor, num_top: int) -> list[list[tuple[int, float]]]:
-    """Per row the `num_top` most probable tokens with their log-probabilities, best first."""
-    values, ids = torch.log_softmax(logits, dim=-1).topk(min(num_top, logits.shape[-1]))
+def most_probable(
+    logits: Tensor, num_top: int, forbidden: SequenceOf[frozenset[int]] = ()
+) -> list[list[tuple[int, float]]]:
+    """Per row the `num_top` most probable tokens with their log-probabilities, best first.
+
+    `forbidden` tokens, given for all rows or none, come last; the others keep their probabilities.
+    """
+    logprobs = torch.log_softmax(logits, dim=-1)
+    for row, tokens in enumerate(forbidden):
+        _forbid_in(logprobs[row], tokens)
+    values, ids = logprobs.topk(min(num_top, logits.shape[-1]))
     pairs = zip(ids.tolist(), values.tolist(), strict=True)
     return [list(zip(row_ids, row_values, strict=True)) for row_ids, row_values in pairs]
 
@@ -204,13 +218,20 @@ def _invert(weights: Tensor, rows: SequenceOf[SamplerRow]) -> list[int]:
 
 def _apply_changes(logits: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
     """A copy with penalties and biases where any row has them, else the logits themselves."""
-    if not any(row.params.changes_logits for row in rows):
+    if not any(row.changes_logits for row in rows):
         return logits
     changed = logits.clone()
     for index, row in enumerate(rows):
         if row.params.changes_logits:
             _apply_penalties(changed[index], row)
+        _forbid_in(changed[index], row.forbidden)
     return changed
+
+
+def _forbid_in(logits: Tensor, forbidden: frozenset[int]) -> None:
+    """In place, on one row; not where nothing would be left to choose."""
+    if forbidden and len(forbidden) < logits.shape[-1]:
+        logits[torch.tensor(sorted(forbidden), device=logits.device)] = -torch.inf
 
 
 def _apply_penalties(logits: Tensor, row: SamplerRow) -> None:

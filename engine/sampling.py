@@ -20,6 +20,8 @@ class SamplingParams:
 
     Attributes:
         max_tokens: Tokens generated per sequence; 0 only together with `echo`.
+        min_tokens: Before a sequence has so many, no token ends it, and no stop string is looked for in the
+            text of these.
         temperature: 0 is greedy, and then top_p, top_k, min_p and seed have no effect.
         top_k: Sample among the k most probable tokens; 0 is off.
         min_p: Drop tokens less probable than this fraction of the most probable one.
@@ -37,6 +39,9 @@ class SamplingParams:
         ignore_eos: The model's own end-of-sequence tokens do not end a sequence.
         logprobs: Return the log-probability of each token and of this many most probable ones.
         echo: The prompt comes before the completion, with its log-probabilities if those are asked for.
+        bad_words: Texts that no output may hold, as far as one run of tokens spells them: that of the word at
+            the beginning of a text, or of the word after a space.
+        skip_special_tokens: Leave special tokens out of the text.
         include_stop_str_in_output: Keep the stop string, or the text of the stop token.
         presence_penalty, frequency_penalty: Subtracted once, or per occurrence, for generated tokens.
         repetition_penalty: Divides positive, multiplies negative logits of tokens seen in prompt or output.
@@ -44,6 +49,7 @@ class SamplingParams:
     """
 
     max_tokens: int = 16
+    min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -60,6 +66,8 @@ class SamplingParams:
     logprobs: int | None = None
     echo: bool = False
     include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    bad_words: tuple[str, ...] = ()
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -91,6 +99,11 @@ class SamplingParams:
         )
 
     @property
+    def limits_tokens(self) -> bool:
+        """Whether some tokens may be forbidden at some places."""
+        return bool(self.min_tokens or self.bad_words)
+
+    @property
     def needs_logprobs(self) -> bool:
         """Whether the chosen tokens' log-probabilities are wanted, by the client or to rank sequences."""
         return self.logprobs is not None or (self.width > self.n and not self.use_beam_search)
@@ -101,6 +114,7 @@ class SamplingParams:
 
     def _check_lengths(self) -> None:
         _check_int("max_tokens", self.max_tokens, 0 if self.echo else 1, None)
+        _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
         _check_int("n", self.n, 1, MAX_SEQUENCES_PER_REQUEST)
         if self.best_of is not None:
             _check_int("best_of", self.best_of, self.n, MAX_SEQUENCES_PER_REQUEST)
@@ -129,8 +143,9 @@ class SamplingParams:
             _check_float("logit_bias", bias, -100.0, 100.0)
 
     def _check_stops(self) -> None:
-        if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
-            raise InvalidRequestError("stop", self.stop, "must be a tuple of strings that are not empty")
+        for name, texts in (("stop", self.stop), ("bad_words", self.bad_words)):
+            if not isinstance(texts, tuple) or not all(isinstance(text, str) and text for text in texts):
+                raise InvalidRequestError(name, texts, "must be a tuple of strings that are not empty")
         if not isinstance(self.stop_token_ids, tuple):
             raise InvalidRequestError("stop_token_ids", self.stop_token_ids, "must be a tuple of token ids")
         for token_id in self.stop_token_ids:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from engine.detokenizer import Decoder, IncrementalDetokenizer
+from engine.forbidden import Encoder
 from engine.outputs import Logprobs
 from engine.sampling import SamplingParams
 from engine.sequence import TokenLogprob
 from engine.stop import StopMatcher
 
 
-class TokenTexts(Decoder, Protocol):
+class TokenTexts(Decoder, Encoder, Protocol):
     """What is needed of a tokenizer here."""
 
     def id_to_token_text(self, token_id: int) -> str: ...
@@ -25,11 +26,14 @@ class SequenceText:
         offsets: Per pushed token, the characters of text there were before it.
     """
 
-    __slots__ = ("_detokenizer", "_length", "_matcher", "_pieces", "offsets")
+    __slots__ = ("_detokenizer", "_length", "_matcher", "_min_tokens", "_pieces", "offsets")
 
     def __init__(self, texts: Decoder, params: SamplingParams, context: Sequence[int], echoed: str) -> None:
         """`context`: the prompt's token ids; `echoed`: what the text starts with."""
-        self._detokenizer = IncrementalDetokenizer(texts, context)
+        self._detokenizer = IncrementalDetokenizer(
+            texts, context, skip_special_tokens=params.skip_special_tokens
+        )
+        self._min_tokens = params.min_tokens
         self._matcher = StopMatcher(params.stop, keep_match=params.include_stop_str_in_output)
         self._pieces = [echoed] if echoed else []
         self._length = len(echoed)
@@ -45,6 +49,9 @@ class SequenceText:
         self.offsets.append(self._length)
         new = self._detokenizer.push(token_id)
         self._length += len(new)
+        if len(self.offsets) <= self._min_tokens:
+            self._release(new)
+            return new, None
         scan = self._matcher.feed(new)
         self._release(scan.text)
         return scan.text, scan.matched

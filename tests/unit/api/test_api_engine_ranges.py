@@ -63,6 +63,9 @@ values = {
     "best_of": loose | st.integers(1, 130),
     "temperature": loose | st.floats(0, 2),
     "stop": st.text(max_size=3) | st.lists(st.text(max_size=2), max_size=3) | st.lists(loose, max_size=17),
+    "bad_words": st.text(max_size=3)
+    | st.lists(st.text(max_size=2), max_size=3)
+    | st.lists(loose, max_size=3),
     "stop_token_ids": token_lists,
     "logit_bias": st.dictionaries(st.integers(-2, 55).map(str) | st.text(max_size=2), loose, max_size=3),
 }
@@ -111,6 +114,7 @@ def test_defaults_and_limits_are_the_engines() -> None:
 def test_what_the_client_gave_reaches_the_engine_by_its_name() -> None:
     given_fields: dict[str, Any] = {
         "max_tokens": 5,
+        "min_tokens": 2,
         "temperature": 0.5,
         "top_p": 0.9,
         "top_k": 7,
@@ -127,6 +131,8 @@ def test_what_the_client_gave_reaches_the_engine_by_its_name() -> None:
         "logprobs": 3,
         "echo": True,
         "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+        "bad_words": ["c", "d"],
         "presence_penalty": 0.1,
         "frequency_penalty": 0.2,
         "repetition_penalty": 1.1,
@@ -139,6 +145,7 @@ def test_what_the_client_gave_reaches_the_engine_by_its_name() -> None:
 
     assert sampling == given_fields
     params = sampling_params(sampling)
+    assert params.bad_words == ("c", "d")
     assert (params.stop, params.stop_token_ids, params.logit_bias) == (("a", "b"), (4,), {9: -5.0})
 
 
