@@ -104,8 +104,9 @@ class StepTracer:
     def _is_unwanted(self) -> bool:
         """Whether all that are inside were left out by head sampling, which leaves out their steps too."""
         with self._lock:
-            spans = [request.span for request in self._inside.values()]
-        return bool(spans) and all(span.is_valid and not span.trace_flags.sampled for span in spans)
+            spans = (request.span for request in self._inside.values())
+            is_left_out = all(span.is_valid and not span.trace_flags.sampled for span in spans)
+            return is_left_out and bool(self._inside)
 
     def _find(self, request_ids: Iterable[str]) -> list[TracedRequest]:
         with self._lock:
