@@ -12,14 +12,17 @@ be sent. Only traces, only protobuf. Not for the open network: it has no authent
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import grpc  # type: ignore[import-untyped]  # ships no types
@@ -249,7 +252,23 @@ class _HttpServer(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], store: _SpanStore) -> None:
         self.store = store
+        self._open: set[socket.socket] = set()
         super().__init__(address, _TraceHandler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._open.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self) -> None:
+        """Kept connections end too: a sender on one would go on handing in spans to nobody."""
+        super().server_close()
+        for connection in list(self._open):
+            with suppress(OSError):  # it ended by itself
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A sender that hangs up is its own business; nothing is printed."""
