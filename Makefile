@@ -51,5 +51,5 @@ builtin-model: setup ## train the built-in model again, from text the project ma
 	@$(BIN)/python scripts/builtin_model/train.py $(ARGS)
 
 clean: ## remove what was built and installed, and the state of `make up`
-	rm -rf "$(VENV)" .throughline .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info build dist
+	rm -rf "$(VENV)" .throughline .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info build dist cuda_ops/cpu/build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

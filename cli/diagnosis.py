@@ -11,7 +11,7 @@ import importlib.util
 import platform
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -181,26 +181,34 @@ def _model_folder(folder: Path) -> Finding:
 
 
 def check_kernels(subject: Subject) -> list[Finding]:
+    """Choose as an engine of this environment would, which leaves this process so."""
     if importlib.util.find_spec("torch") is None:
         return []
     import torch
 
-    import cuda_ops
+    findings = [_cpu_kernels(subject.environ.get("THROUGHLINE_KERNELS") or "auto")]
+    if torch.cuda.is_available():
+        findings.append(Finding("kernels cuda", "ok", "reference in plain torch"))
+    return findings
 
-    devices = ("CPU", "CUDA") if torch.cuda.is_available() else ("CPU",)
-    return [_kernels(device, cuda_ops.__all__) for device in devices]
 
+def _cpu_kernels(choice: str) -> Finding:
+    from cuda_ops.errors import KernelsUnavailableError
+    from cuda_ops.native import KERNEL_CHOICES, use_kernels
 
-def _kernels(device: str, ops: Sequence[str]) -> Finding:
-    import torch
-
-    # The dispatcher's own table is the one place that knows what a call would run; it has no public reader.
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    native = [op for op in ops if has_kernel(f"throughline::{op}", device)]
-    rest = [op for op in ops if op not in native]
-    parts = [f"native: {', '.join(native)}"] if native else []
-    parts += [f"reference in plain torch: {', '.join(rest)}"] if rest else []
-    return Finding(f"kernels {device.lower()}", "ok", "; ".join(parts))
+    name = "kernels cpu"
+    if choice not in KERNEL_CHOICES:
+        rule = f"must be one of {', '.join(KERNEL_CHOICES)}"
+        return Finding(name, "missing", f"THROUGHLINE_KERNELS={choice!r} {rule}")
+    try:
+        in_use = use_kernels(choice)
+    except KernelsUnavailableError as error:
+        return Finding(name, "missing", f"THROUGHLINE_KERNELS={choice}: {error}")
+    if in_use.level is not None:
+        return Finding(name, "ok", f"native, {in_use.level}")
+    # The engine is right without them, and slower.
+    state: State = "ok" if choice == "reference" else "note"
+    return Finding(name, state, f"reference in plain torch: {in_use.reason}")
 
 
 CHECKS: tuple[Callable[[Subject], list[Finding]], ...] = (

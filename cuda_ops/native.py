@@ -10,7 +10,7 @@ import ctypes
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal, get_args
 
 import torch
 
@@ -19,6 +19,8 @@ from cuda_ops.errors import KernelsUnavailableError
 
 KernelChoice = Literal["auto", "native", "reference"]
 """`auto` takes native kernels where they are, `native` insists on them."""
+
+KERNEL_CHOICES: Final[tuple[KernelChoice, ...]] = get_args(KernelChoice)
 
 
 @dataclass(frozen=True, slots=True)

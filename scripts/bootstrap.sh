@@ -24,7 +24,11 @@ for extra in "$@"; do
 done
 inputs=$(cat pyproject.toml constraints.txt scripts/bootstrap.sh | cksum | tr ' ' -)-${TORCH_BACKEND:-default}
 wanted=$(printf '%s\n%s' "$inputs" "$extras")
-if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
+
+# The CPU kernels: seconds once, nothing after that. Without a compiler plain torch does their work.
+build_kernels() { "$venv/bin/python" cuda_ops/cpu/build.py || :; }
+
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then build_kernels; exit 0; fi
 
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null ||
   die "Python 3.11, 3.12 or 3.13 is needed, and $python is none of them; PYTHON=/path/to/python chooses one"
@@ -61,3 +65,4 @@ install || {
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]"
 }
 printf '%s\n' "$wanted" >"$stamp"
+build_kernels
