@@ -27,6 +27,9 @@ from workers.settings import WorkerSettings
 EXIT_CANNOT_SERVE = 3
 """The configuration or the model is at fault: starting again will not help."""
 
+EXIT_TRY_AGAIN = 1
+"""The engine was killed or stood still while it loaded."""
+
 SWITCH_INTERVAL_SECONDS = 0.0005
 """How long a busy thread may keep others from the interpreter; the default of 5 ms costs latency here."""
 
@@ -46,10 +49,10 @@ def create_worker(create_runtime: CreateRuntime = engine_runtime) -> Celery:
     return app
 
 
-def _refuse(reason: object) -> SystemExit:
+def _refuse(reason: object, code: int = EXIT_CANNOT_SERVE) -> SystemExit:
     """End the worker with one line for the operator."""
     print(f"throughline worker: {reason}", file=sys.stderr, flush=True)
-    return SystemExit(EXIT_CANNOT_SERVE)
+    return SystemExit(code)
 
 
 def _settings_or_exit(settings_class: type[Settings]) -> Settings:
@@ -108,7 +111,7 @@ def _run_with_celery(settings: WorkerSettings, service: WorkerService) -> None:
             service.start()
         except EngineStartError as error:
             service.stop()
-            raise _refuse(error) from None
+            raise _refuse(error, EXIT_CANNOT_SERVE if error.is_final else EXIT_TRY_AGAIN) from None
 
     @signals.worker_shutdown.connect(weak=False)  # type: ignore[untyped-decorator]  # celery's
     def stop(**_: Any) -> None:

@@ -215,12 +215,13 @@ class EngineChild:
         try:
             self.connection.send(start)
             if not self.connection.poll(timeout_seconds):
-                raise EngineStartError(f"the model did not load within {timeout_seconds:.0f} s")
+                late = f"the model did not load within {timeout_seconds:.0f} s"
+                raise EngineStartError(late, is_final=False)
             event: Event = self.connection.recv()
         except (EOFError, OSError) as error:
             code = self.process.wait(10)
             raise EngineStartError(
-                f"the engine process ended with {describe_exit(code)} while loading"
+                f"the engine process ended with {describe_exit(code)} while loading", is_final=False
             ) from error
         match event:
             case Ready(facts):

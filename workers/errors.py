@@ -51,3 +51,8 @@ class LeaseLost(AttemptEnded):
 
 class EngineStartError(WorkerError):
     """One line for the operator: which file, and what is wrong with it."""
+
+    def __init__(self, message: str, *, is_final: bool = True) -> None:
+        """`is_final`: the next try would read the same; False for one that was killed or stood still."""
+        super().__init__(message)
+        self.is_final = is_final
