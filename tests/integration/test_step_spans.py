@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -42,11 +43,11 @@ def linked(steps: Sequence[SpanRecord], role: str) -> Counter[str]:
 
 
 class Jobs:
-    """A stack that draws every step, and the spans that came since."""
+    """A stack that draws every step, and the spans that began since."""
 
     def __init__(self, traced: Traced) -> None:
         self.traced = traced
-        self._seen = len(traced.receiver.spans())
+        self._since_ns = time.time_ns()
 
     def run(self, number: int, **fields: Any) -> list[str]:
         """Ids of jobs that have ended, the last step of each drawn."""
@@ -57,8 +58,8 @@ class Jobs:
     def spans(self) -> list[SpanRecord]:
         return [
             span
-            for span in self.traced.receiver.spans()[self._seen :]
-            if not (span.kind == "SERVER" and span.name.startswith("GET "))
+            for span in self.traced.receiver.spans()
+            if span.start_ns >= self._since_ns and not span.name.startswith("GET ")
         ]
 
     def processes(self, ids: Sequence[str]) -> list[SpanRecord]:
@@ -75,7 +76,10 @@ class Jobs:
                 for span in self.processes(ids)
                 if span.attributes.get(names.JOB_STATE) == "completed"
             }
-            return len(completed) == len(ids) and completed <= set(linked(steps_of(self.spans()), "left"))
+            spans = self.spans()
+            has_parents = {span.parent_id for span in spans} <= {None, *(span.span_id for span in spans)}
+            has_left = completed <= set(linked(steps_of(spans), names.LINK_LEFT))
+            return len(completed) == len(ids) and has_left and has_parents
 
         assert self.traced.receiver.wait_for(has_come, timeout_seconds=60)
 
@@ -214,8 +218,8 @@ def test_slow_steps_alone_are_drawn_when_only_a_threshold_is_given(lab: QueueLab
         "THROUGHLINE_METRICS_PORT": str(port),
     }
     with spans_of_worker(lab, **settings) as spans:
-        short = lab.submit(max_tokens=30, prompt_length=5)
-        lab.wait_final([short, lab.submit(num_prompts=8, prompt_length=200, max_tokens=30)])
+        lab.wait_final([lab.submit(max_tokens=30, prompt_length=5)])
+        lab.wait_final([lab.submit(num_prompts=16, prompt_length=200, max_tokens=8)])
         num_steps, num_slow = step_counts(port)
         steps = steps_of(spans())
 
