@@ -18,6 +18,7 @@ from jobs.settings import JobsSettings, Settings, read_settings
 from telemetry import log
 from telemetry.celery import creation_context
 from workers.attempt import Verdict
+from workers.broker_connection import SteadyConnection
 from workers.delivery import Delivery
 from workers.errors import EngineStartError
 from workers.pool import EnginePool
@@ -63,6 +64,7 @@ def _settings_or_exit(settings_class: type[Settings]) -> Settings:
 
 
 def _configure(app: Celery, settings: WorkerSettings, service: WorkerService) -> None:
+    app.amqp.Connection = SteadyConnection
     app.conf.update(
         worker_pool="workers.pool:EnginePool",
         worker_concurrency=settings.concurrency,
@@ -71,6 +73,7 @@ def _configure(app: Celery, settings: WorkerSettings, service: WorkerService) ->
         task_queues=[declare_queue(name) for name in service.queues],
         worker_send_task_events=True,
         worker_cancel_long_running_tasks_on_connection_loss=False,
+        broker_channel_error_retry=True,  # a Redis that is full or read-only must not end its workers
     )
 
 

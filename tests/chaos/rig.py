@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -29,8 +28,9 @@ from jobs.redis_connection import connect
 from jobs.settings import JobsSettings
 from telemetry.receiver import Receiver
 from tests.chaos.schedule import Fault, Kind
+from tests.support.api_process import start_api
 from tests.support.processes import wait_until
-from tests.support.queue_lab import ROOT, WorkerProcess
+from tests.support.queue_lab import WorkerProcess
 from tests.support.tcp_proxy import TcpProxy
 from tests.support.valkey import ValkeyServer, free_port, running_valkey
 
@@ -39,6 +39,8 @@ RESTART_SECONDS = 0.5
 """From a death to the next start."""
 GRACE_SECONDS = 3.0
 STALL_SECONDS = 6.0
+START_SECONDS = 45.0
+"""What an engine has to load: one that is stopped meanwhile must not hold the drill up for 10 minutes."""
 READY_SECONDS = 120.0
 POLL_SECONDS = 0.05
 
@@ -115,6 +117,7 @@ class Rig:
             "THROUGHLINE_LEASE_SECONDS": str(lease_seconds),
             "THROUGHLINE_SHUTDOWN_GRACE_SECONDS": str(GRACE_SECONDS),
             "THROUGHLINE_ENGINE_STALL_SECONDS": str(STALL_SECONDS),
+            "THROUGHLINE_ENGINE_START_SECONDS": str(START_SECONDS),
             "OTEL_SDK_DISABLED": "",
             "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": self.receiver.grpc_endpoint,
             "OTEL_BSP_SCHEDULE_DELAY": "200",
@@ -170,7 +173,7 @@ class Rig:
         return not worker.is_leaving and "ready." in path.read_text(errors="replace")
 
     def _supervise(self) -> None:
-        """A thread that lives as long as the rig, for a leashed process dies with the thread that started it."""
+        """In one thread for the rig's whole life: a leashed process dies with the thread that started it."""
         while not self._is_over.wait(POLL_SECONDS):
             for wound in [wound for wound in self._wounds if wound[0] <= time.monotonic()]:
                 with suppress(ProcessLookupError):  # it has been killed meanwhile
@@ -196,17 +199,7 @@ class Rig:
 
     def _start_api(self, start: int) -> subprocess.Popen[bytes]:
         environment = {**self._environment, "THROUGHLINE_REDIS_URL": self._proxy("api").url}
-        argv = [sys.executable, "-m", "cli", "api", "--port", str(self.port), "--drain-seconds", "2"]
-        with (self._folder / f"api-{start}.log").open("wb") as log:
-            return subprocess.Popen(
-                argv,
-                cwd=ROOT,
-                env={**os.environ, **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        return start_api(environment, self._folder / f"api-{start}.log", port=self.port)
 
     def _proxy(self, name: str) -> TcpProxy:
         if name not in self.proxies:

@@ -69,14 +69,20 @@ class WorkerProcess:
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 
     def engine_pid(self) -> int:
-        """Of the child that any of the worker's threads started."""
-        found = [
+        found = self._children()
+        assert len(found) == 1, found
+        return found[0]
+
+    def has_engine(self) -> bool:
+        return len(self._children()) == 1
+
+    def _children(self) -> list[int]:
+        """Of any of the worker's threads."""
+        return [
             int(child)
             for task in Path(f"/proc/{self.process.pid}/task").iterdir()
             for child in (task / "children").read_text().split()
         ]
-        assert len(found) == 1, found
-        return found[0]
 
     def kill(self) -> None:
         """SIGKILL to the worker and, by its own arrangement, the end of its engine."""
