@@ -1,5 +1,5 @@
 # One command a chore. Everything but `setup`, `clean` and `help` installs first, which costs nothing the second time.
-#   PYTHON=python3.12 chooses the interpreter, ARGS="..." adds arguments to demo, up, test and bench.
+#   PYTHON=python3.12 chooses the interpreter, ARGS="..." adds arguments to demo, up, test, chaos and bench.
 VENV ?= .venv
 BIN = $(VENV)/bin
 BOOTSTRAP = VENV="$(VENV)" sh scripts/bootstrap.sh
@@ -43,6 +43,9 @@ check-infra: # part of `check`: what the containers are made from and watched wi
 
 compose-smoke: ## bring the containers up, try every link, take them down; needs docker compose
 	@$${PYTHON:-python3} scripts/compose_smoke.py $(ARGS)
+
+chaos: setup ## kill every part at random while 10,000 jobs run, then look for a broken promise (ARGS="--seed 2 --jobs 500")
+	@$(BIN)/python -m tests.chaos $(ARGS)
 
 bench: setup ## measure, see benchmarks/README.md
 	@$(BIN)/python -m benchmarks $(ARGS)
