@@ -17,7 +17,7 @@ from jobs.model import Job
 from tests.chaos import check
 from tests.chaos.load import PROMPTS, TOKEN_COUNTS, Key, Log, Order, draw_orders, place
 from tests.chaos.rig import Rig, running_rig
-from tests.chaos.schedule import Fault, Kind, draw_schedule
+from tests.chaos.schedule import WEIGHTS, Fault, Kind, draw_schedule
 from tests.chaos.watch import RedeliveryWatch
 
 SETTLE_SECONDS = 120.0
@@ -35,9 +35,11 @@ class Plan:
     sample_ratio: float = 1.0
     """Of the traces: a receiver in memory has bounds."""
     max_spans: int = 400_000
+    kinds: tuple[Kind, ...] = tuple(Kind)
 
     def schedule(self) -> tuple[Fault, ...]:
-        return draw_schedule(self.seed, num_faults=self.num_faults, seconds=self.seconds)
+        weights = {kind: WEIGHTS[kind] for kind in self.kinds}
+        return draw_schedule(self.seed, num_faults=self.num_faults, seconds=self.seconds, kinds=weights)
 
 
 @dataclass
