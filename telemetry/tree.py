@@ -68,8 +68,11 @@ class TraceTree:
         return min((span.start_ns for span in _walk(self.roots)), default=0)
 
 
-def tree(spans: Iterable[SpanRecord]) -> TraceTree:
-    """Every span stands in it once: one sent twice counts once, an orphan or one of a ring is a root."""
+def tree(spans: Iterable[SpanRecord], *, min_gap_ns: int | None = None) -> TraceTree:
+    """Every span stands in it once: one sent twice counts once, an orphan or one of a ring is a root.
+
+    Gaps up to `min_gap_ns` are left out; when not given, those that are the price of doing anything.
+    """
     by_id = {span.span_id: span for span in sorted(spans, key=lambda span: (span.start_ns, span.end_ns))}
     children: dict[str, list[SpanRecord]] = {}
     roots: list[SpanRecord] = []
@@ -79,7 +82,8 @@ def tree(spans: Iterable[SpanRecord]) -> TraceTree:
         else:
             roots.append(span)
     nodes = tuple(_node(span, children) for span in roots)
-    return TraceTree(nodes, tuple(gap for node in nodes for gap in _gaps(node, _threshold_ns(node))))
+    gaps = (_gaps(node, _threshold_ns(node) if min_gap_ns is None else min_gap_ns) for node in nodes)
+    return TraceTree(nodes, tuple(gap for found in gaps for gap in found))
 
 
 def render(trace: TraceTree) -> Tree:
