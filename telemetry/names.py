@@ -39,6 +39,7 @@ SPAN_ENGINE_INTERRUPTED: Final = "engine.interrupted"
 SPAN_ENGINE_STEP: Final = "engine.step"
 SPAN_RECEIVE_OUTPUT: Final = "receive output"
 SPAN_REPORT: Final = "report"
+SPAN_GIVE_BACK: Final = "give back"
 
 # Ours: what a client can search a trace by.
 JOB_ID: Final = "job.id"
@@ -255,6 +256,7 @@ SPANS: Final[tuple[SpanShape, ...]] = (
     SpanShape(SPAN_WAIT_RESULT, ("INTERNAL",), "api", (JOB_ID,)),
     SpanShape(SPAN_STORE_RESULT, ("INTERNAL",), "worker", (JOB_ID,)),
     SpanShape(SPAN_REPORT, ("INTERNAL",), "worker", (JOB_ID,)),
+    SpanShape(SPAN_GIVE_BACK, ("INTERNAL",), "worker", (JOB_ID,)),
     SpanShape(SPAN_FETCH_RESULT, ("INTERNAL",), "api", (JOB_ID,)),
 )
 

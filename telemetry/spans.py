@@ -347,6 +347,13 @@ def _wall_minus_monotonic_ns() -> int:
 
 
 @contextmanager
+def give_back(job_id: str) -> Iterator[None]:
+    """A live span around the worker's handing a job back to its queue."""
+    with _live(names.SPAN_GIVE_BACK, {names.JOB_ID: job_id}):
+        yield
+
+
+@contextmanager
 def report(job_id: str) -> Iterator[None]:
     """A live span around what an attempt tells when its result is stored, this trace too."""
     with _live(names.SPAN_REPORT, {names.JOB_ID: job_id}):

@@ -212,12 +212,13 @@ class AttemptRunner:
     def _release(
         self, id: JobId, token: LeaseToken, failure: Failure | None, *, is_forgiven: bool = False
     ) -> SettleOutcome | None:
-        return self._insist(
-            lambda: self.store.release(
-                id, token, now=self.clock.now(), failure=failure, is_forgiven=is_forgiven
-            ),
-            max_tries=3,
-        )
+        with self.observer.giving_back(id):
+            return self._insist(
+                lambda: self.store.release(
+                    id, token, now=self.clock.now(), failure=failure, is_forgiven=is_forgiven
+                ),
+                max_tries=3,
+            )
 
     def _insist(self, act: Callable[[], T], *, max_tries: int | None = None) -> T | None:
         """Repeat a repeatable act until the store answers; None when the worker stops first."""

@@ -16,7 +16,7 @@ from opentelemetry.trace import SpanContext
 from engine.outputs import RequestOutput
 from engine.sampling import SamplingParams
 from engine.stats import RequestPhases
-from jobs.model import Failure, JobRequest
+from jobs.model import Failure, JobId, JobRequest
 from jobs.states import JobState
 from jobs.store import Claim, ClaimOutcome, Settlement, SettleOutcome
 from telemetry import spans
@@ -154,6 +154,9 @@ class AttemptObserver:
             logger.info("job %s%s", state.value, f": {error}" if error else "")
         else:
             logger.warning("result refused: %s", outcome.value)
+
+    def giving_back(self, id: JobId) -> AbstractContextManager[None]:
+        return spans.give_back(id)
 
     def given_back(self, delivery: Delivery, failure: Failure) -> None:
         self.metrics.given_back(delivery, failure)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import redis
@@ -28,7 +29,15 @@ from tests.support.stack import RunningStack
 from tests.support.trace_invariants import check_trace_invariants
 
 PROMPT = "San Francisco is a"
-SERVICES = {"throughline-api": "api", "throughline-worker": "worker"}
+ONE_SERVICE = "vllm-server"
+"""Of all processes where OTEL_SERVICE_NAME is set, as on vLLM's page; the launcher needs it set."""
+SERVICES = {
+    "throughline-api": "api",
+    "throughline-worker": "worker",
+    "client-service": "client",
+    ONE_SERVICE: "server",
+}
+Protocol = Literal["grpc", "http/protobuf"]
 WORKER, ENGINE = "workers.main", "workers.engine_process"
 
 
@@ -73,6 +82,11 @@ class Traced:
     client: httpx.Client
     store: Any
     """A Redis client with decoded replies."""
+    has_one_service: bool = False
+
+    def tree_of(self, wanted: str) -> str:
+        """`wanted` as this stack draws it."""
+        return re.sub(r" (api|worker)\b", " server", wanted) if self.has_one_service else wanted
 
     def post(self, path: str = "/v1/jobs", **fields: Any) -> httpx.Response:
         body = {"model": "throughline-tiny", "prompt": PROMPT, "max_tokens": 4, "ignore_eos": True, **fields}
@@ -88,12 +102,10 @@ class Traced:
 
     def check(self, reply: httpx.Response, wanted: str, *also: httpx.Response, failed: bool = False) -> None:
         """The traces of the reply's job are `wanted`; those of `also` link to it; all keep the invariants."""
-        id = reply.headers["X-Job-Id"]
-        self.receiver.wait_for(
-            lambda _: drawn(self.receiver.of_job(id)) == wanted.strip(), timeout_seconds=20
-        )
+        id, wanted = reply.headers["X-Job-Id"], self.tree_of(wanted.strip())
+        self.receiver.wait_for(lambda _: drawn(self.receiver.of_job(id)) == wanted, timeout_seconds=20)
         spans = self.receiver.of_job(id)
-        assert drawn(spans) == wanted.strip()
+        assert drawn(spans) == wanted
         assert reply.headers["X-Trace-Id"] in {span.trace_id for span in spans}
         for other in also:
             (poll,) = self.trace(other.headers["X-Trace-Id"], 1)
@@ -103,7 +115,12 @@ class Traced:
             ]
             spans.append(poll)
         failed_ids = {str(span.attributes[names.JOB_ID]) for span in spans if span.kind == "CONSUMER"}
-        check_trace_invariants(spans, canaries=[PROMPT], failed_job_ids=failed_ids if failed else set())
+        check_trace_invariants(
+            spans,
+            canaries=[PROMPT],
+            failed_job_ids=failed_ids if failed else set(),
+            usage=usage_told(reply, *also),
+        )
 
     def trace(self, trace_id: str, count: int) -> list[SpanRecord]:
         self.receiver.wait_for(lambda _: len(self.receiver.trace(trace_id)) >= count, timeout_seconds=20)
@@ -130,6 +147,13 @@ class Traced:
         self.store.hset(key, "request", json.dumps(request | fields))
 
 
+def usage_told(*replies: httpx.Response) -> dict[str, tuple[int, int]]:
+    """Input and output tokens of each job whose end one of the replies tells."""
+    bodies = [(reply.headers["X-Job-Id"], reply.json()) for reply in replies if "X-Job-Id" in reply.headers]
+    usages = {id: body.get("usage") for id, body in bodies}
+    return {id: (u["prompt_tokens"], u["completion_tokens"]) for id, u in usages.items() if u}
+
+
 def is_stopped(pid: int) -> bool:
     """Its threads stand still, which is a moment after the signal."""
     states = [
@@ -139,23 +163,40 @@ def is_stopped(pid: int) -> bool:
 
 
 @contextmanager
-def traced_stack(directory: Path, environ: Mapping[str, str]) -> Iterator[Traced]:
+def traced_stack(
+    directory: Path,
+    environ: Mapping[str, str],
+    *,
+    protocol: Protocol = "grpc",
+    launcher: Sequence[str] = (),
+) -> Iterator[Traced]:
     """A whole stack that sends its spans to a receiver of its own, ready for jobs.
 
     Args:
+        directory: for its state and its log.
         environ: more of the processes' environment; goes before what is set here.
+        protocol: in which they send.
+        launcher: what starts all of them, `opentelemetry-instrument` say.
     """
     with Receiver("127.0.0.1", 0, 0) as receiver:
         told = {
-            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": receiver.grpc_endpoint,
+            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": protocol,
+            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": (
+                receiver.grpc_endpoint if protocol == "grpc" else receiver.http_endpoint
+            ),
+            "OTEL_EXPORTER_OTLP_TRACES_INSECURE": "true",
+            "OTEL_METRICS_EXPORTER": "none",  # which the launcher would send where nobody listens
+            "OTEL_LOGS_EXPORTER": "none",
             "OTEL_BSP_SCHEDULE_DELAY": "100",
             "THROUGHLINE_LEASE_SECONDS": "3",
         }
-        stack = RunningStack(directory, environ=told | dict(environ))
+        if launcher:
+            told["OTEL_SERVICE_NAME"] = ONE_SERVICE
+        stack = RunningStack(directory, launcher=launcher, environ=told | dict(environ))
         try:
             stack.wait_until_ready()
             store = redis.Redis.from_url(stack.redis_url, decode_responses=True)
             with httpx.Client(base_url=stack.url, timeout=60) as client, store:
-                yield Traced(stack, receiver, client, store)
+                yield Traced(stack, receiver, client, store, has_one_service=bool(launcher))
         finally:
             stack.kill_everything()

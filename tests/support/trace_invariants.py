@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from telemetry import names
 from telemetry.record import SpanRecord, Value
+from tests.support.trace_times import time_breaches
 
 _TOLERANCE_NS = 2_000_000
 _TYPES: Mapping[str, tuple[type, ...]] = {
@@ -47,6 +48,7 @@ def check_trace_invariants(
     breaches = [
         *_structure(spans, set(external)),
         *_ids_and_times(spans),
+        *time_breaches(ours),
         *_deliveries(ours),
         *_usage(ours),
         *_steps(ours),

@@ -162,7 +162,8 @@ STEP = replace(
 
 
 def test_invariants_hold_for_a_job_whose_first_step_is_drawn() -> None:
-    check_trace_invariants([*GOOD, ITEM, PREFILL, STEP], external={CLIENT})
+    generation = replace(ITEM, start_ns=PREFILL.start_ns, end_ns=PREFILL.end_ns)
+    check_trace_invariants([*GOOD, generation, PREFILL, STEP], external={CLIENT})
 
 
 @pytest.mark.parametrize(
@@ -224,3 +225,55 @@ def test_invariants_tell_a_breach(spans: list[SpanRecord], breach: str) -> None:
         check_trace_invariants(spans, external={CLIENT}, canaries=["San Francisco"], failed_job_ids=())
 
     assert breach in str(caught.value)
+
+
+CLAIM = span(8, SECOND.span_id, "claim", "INTERNAL", 50, 51, attributes={"job.id": "job-1"})
+WAIT = span(
+    9,
+    SEND.span_id,
+    "queue q",
+    "INTERNAL",
+    40,
+    50,
+    attributes={"job.id": "job-1", "throughline.queue.wait": 0.01},
+)
+PHASES = [
+    span(10, ITEM.span_id, "engine.wait", "INTERNAL", 51, 53),
+    span(11, ITEM.span_id, "engine.decode", "INTERNAL", 53, 60),
+]
+RECEIVED = span(12, SECOND.span_id, "receive output", "INTERNAL", 60, 62, attributes={"job.id": "job-1"})
+TIMED = [*GOOD, ITEM, CLAIM, WAIT, *PHASES, RECEIVED]
+
+
+def later(record: SpanRecord, milliseconds: int) -> SpanRecord:
+    return replace(
+        record, start_ns=record.start_ns + milliseconds * MS, end_ns=record.end_ns + milliseconds * MS
+    )
+
+
+def test_invariants_hold_for_spans_that_touch() -> None:
+    check_trace_invariants(TIMED, external={CLIENT})
+
+
+@pytest.mark.parametrize(
+    ("whole", "changed", "breach"),
+    [
+        (PHASES[1], replace(PHASES[1], start_ns=55 * MS), "phases fill their generation"),
+        (RECEIVED, later(RECEIVED, 3), "an output is received from the last token on"),
+        (WAIT, later(WAIT, -5), "an attempt begins where its wait ends"),
+        (SECOND, replace(SECOND, end_ns=500 * MS), "all time has a name"),
+    ],
+)
+def test_invariants_tell_time_that_is_lost(whole: SpanRecord, changed: SpanRecord, breach: str) -> None:
+    with pytest.raises(AssertionError, match=breach):
+        check_trace_invariants([changed if each is whole else each for each in TIMED], external={CLIENT})
+
+
+def test_invariants_tell_a_wait_that_neither_queue_nor_process_explains() -> None:
+    job = {"job.id": "job-1"}
+    server = replace(SERVER, end_ns=600 * MS)
+    waited = span(13, SERVER.span_id, "wait result", "INTERNAL", 10, 590, attributes=job)
+    fetched = span(14, SERVER.span_id, "fetch result", "INTERNAL", 590, 600, attributes=job)
+
+    with pytest.raises(AssertionError, match="queue, process and wait add up: 5"):
+        check_trace_invariants([server, waited, fetched, *TIMED[1:]], external={CLIENT})
