@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 BOOTSTRAP = VENV="$(VENV)" sh scripts/bootstrap.sh
 
-.PHONY: help setup demo test check check-infra up bench compose-smoke builtin-model clean
+.PHONY: help setup demo test check check-infra up chaos bench compose-smoke builtin-model clean
 .DEFAULT_GOAL := help
 
 help: ## say what there is
