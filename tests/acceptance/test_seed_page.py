@@ -125,6 +125,8 @@ def test_spans_tell_the_usage_that_the_reply_tells(traced: TracedStack) -> None:
     assert generation.attributes["gen_ai.usage.output_tokens"] == usage["completion_tokens"]
     assert generation.attributes["gen_ai.request.choice.count"] == 3
     assert generation.attributes["gen_ai.response.id"] == reply.json()["id"]
+    told = {reply.headers["X-Job-Id"]: (usage["prompt_tokens"], usage["completion_tokens"])}
+    check_trace_invariants(spans, canaries=[PROMPT], failed_job_ids=[], usage=told)
 
 
 def test_job_and_its_polls_are_told_by_their_trace_ids(traced: TracedStack) -> None:
