@@ -34,21 +34,28 @@ class HeldMessages:
         app.steps["consumer"].add(_carry_over_step(self))
 
     def tags(self) -> list[str]:
-        for tag, request in list(self._requests.items()):
-            if request.message.acknowledged:
-                self._requests.pop(tag, None)
-        return list(self._requests)
+        """What to keep. An acknowledgement that was lost must be made again, after a redelivery: not kept."""
+        self._forget_acknowledged()
+        return [tag for tag, request in list(self._requests.items()) if not request.acknowledged]
 
     def carry_over(self, channel: Any) -> None:
         """Runs at the first connection and after each reconnect."""
-        for tag in self.tags():
-            request = self._requests[tag]
+        self._forget_acknowledged()
+        for tag, request in list(self._requests.items()):
             request.message.channel = channel
-            if request.id in state.requests or request.time_start:
+            if request.acknowledged:  # under way: the event loop stood still with the connection
+                self._requests.pop(tag, None)
+                channel.qos.append(request.message, tag)
+            elif request.id in state.requests or request.time_start:
                 channel.qos.append(request.message, tag)
             else:  # Celery dropped it before it began
                 self._requests.pop(tag, None)
                 channel.qos.restore_by_tag(tag)
+
+    def _forget_acknowledged(self) -> None:
+        for tag, request in list(self._requests.items()):
+            if request.message.acknowledged:
+                self._requests.pop(tag, None)
 
     def _receive(self, request: Any = None, **_: Any) -> None:
         self._requests[request.message.delivery_tag] = request

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 import urllib.request
@@ -83,8 +84,10 @@ def broker(rig: Rig) -> Iterator[str]:
             yield f"the ledger of {queue} still has {count} jobs"
         if count := sum(client.llen(key) for key in rig.keys.broker_queue(queue)):
             yield f"the broker still has {count} messages for {queue}"
-    if count := client.hlen(rig.keys.broker_unacked):
-        yield f"{count} messages were never acknowledged"
+    for tag, message in client.hgetall(rig.keys.broker_unacked).items():
+        id = json.loads(message)[0]["headers"]["id"]
+        state, attempts = client.hmget(rig.keys.job(id), "state", "attempts")
+        yield f"the message {tag} of {id} ({state}, {attempts} attempts) was never acknowledged"
     if count := client.zcard(rig.keys.broker_unacked_index):
         yield f"{count} messages are still indexed as unacknowledged"
 

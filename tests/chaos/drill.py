@@ -20,7 +20,7 @@ from tests.chaos.rig import Rig, running_rig
 from tests.chaos.schedule import WEIGHTS, Fault, Kind, draw_schedule
 from tests.chaos.watch import RedeliveryWatch
 
-SETTLE_SECONDS = 120.0
+SETTLE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
