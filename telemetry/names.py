@@ -105,6 +105,18 @@ GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS: Final = "gen_ai.usage.cache_read.input_tok
 GEN_AI_INPUT_MESSAGES: Final = "gen_ai.input.messages"
 GEN_AI_OUTPUT_MESSAGES: Final = "gen_ai.output.messages"
 
+# vLLM's own, which no convention took up; only with THROUGHLINE_TRACE_VLLM_KEYS.
+VLLM_REQUEST_ID: Final = "gen_ai.request.id"
+VLLM_REQUEST_N: Final = "gen_ai.request.n"
+VLLM_PROMPT_TOKENS: Final = "gen_ai.usage.prompt_tokens"
+VLLM_COMPLETION_TOKENS: Final = "gen_ai.usage.completion_tokens"
+VLLM_TIME_IN_QUEUE: Final = "gen_ai.latency.time_in_queue"
+VLLM_TIME_TO_FIRST_TOKEN: Final = "gen_ai.latency.time_to_first_token"
+VLLM_E2E: Final = "gen_ai.latency.e2e"
+VLLM_TIME_IN_PREFILL: Final = "gen_ai.latency.time_in_model_prefill"
+VLLM_TIME_IN_DECODE: Final = "gen_ai.latency.time_in_model_decode"
+VLLM_TIME_IN_INFERENCE: Final = "gen_ai.latency.time_in_model_inference"
+
 # General.
 ERROR_TYPE: Final = "error.type"
 SERVER_ADDRESS: Final = "server.address"
@@ -126,6 +138,7 @@ class Source(Enum):
     GENERAL = "general (stable)"
     MESSAGING = "messaging (development)"
     GEN_AI = "gen_ai (development)"
+    VLLM = "vllm (behind a switch)"
     OWN = "own"
 
 
@@ -163,6 +176,15 @@ _HTTP_OPTIONAL = (
     "user_agent.original",
     ERROR_TYPE,
     JOB_ID,
+)
+_VLLM_INTS = (VLLM_REQUEST_N, VLLM_PROMPT_TOKENS, VLLM_COMPLETION_TOKENS)
+_VLLM_SECONDS = (
+    VLLM_TIME_IN_QUEUE,
+    VLLM_TIME_TO_FIRST_TOKEN,
+    VLLM_E2E,
+    VLLM_TIME_IN_PREFILL,
+    VLLM_TIME_IN_DECODE,
+    VLLM_TIME_IN_INFERENCE,
 )
 _MESSAGING = (
     MESSAGING_SYSTEM_KEY,
@@ -243,6 +265,9 @@ SPANS: Final[tuple[SpanShape, ...]] = (
             STEPS,
             PREEMPTIONS,
             ERROR_TYPE,
+            VLLM_REQUEST_ID,
+            *_VLLM_INTS,
+            *_VLLM_SECONDS,
         ),
     ),
     SpanShape(SPAN_ENGINE_WAIT, ("INTERNAL",), "worker", (), (PHASE_TOKENS, PHASE_STEPS)),
@@ -316,6 +341,9 @@ ATTRIBUTES: Final[tuple[Attribute, ...]] = (
     ),
     *_attributes(Source.GEN_AI, "boolean", GEN_AI_REQUEST_STREAM),
     *_attributes(Source.GEN_AI, "string[]", GEN_AI_REQUEST_STOP_SEQUENCES, GEN_AI_RESPONSE_FINISH_REASONS),
+    *_attributes(Source.VLLM, "string", VLLM_REQUEST_ID),
+    *_attributes(Source.VLLM, "int", *_VLLM_INTS),
+    *_attributes(Source.VLLM, "double", *_VLLM_SECONDS),
     *_attributes(Source.GENERAL, "string", ERROR_TYPE, SERVER_ADDRESS),
     *_attributes(Source.GENERAL, "int", SERVER_PORT),
     *_attributes(

@@ -59,6 +59,7 @@ class TelemetrySettings:
         exporters: what OTEL_TRACES_EXPORTER lists; empty for `none`.
         service_name: None leaves the name to the process (OTEL_RESOURCE_ATTRIBUTES may have it).
         captures_content: prompts and outputs may go on spans.
+        uses_vllm_keys: generations also carry the keys that vLLM gives its spans.
         uses_links_only: a job's `process` span starts a trace of its own and only links to the request's.
         export_timeout_seconds: of one export call, tries included.
         warnings: one line each, for the log once there is one.
@@ -69,6 +70,7 @@ class TelemetrySettings:
     service_name: str | None = None
     is_disabled: bool = False
     captures_content: bool = False
+    uses_vllm_keys: bool = False
     uses_links_only: bool = False
     export_timeout_seconds: float = 2.0
     max_queue_spans: int = 16_384
@@ -88,6 +90,7 @@ class TelemetrySettings:
             service_name=environ.get("OTEL_SERVICE_NAME", "").strip() or None,
             is_disabled=_flag(environ, "OTEL_SDK_DISABLED") or False,
             captures_content=_captures_content(environ),
+            uses_vllm_keys=_flag(environ, "THROUGHLINE_TRACE_VLLM_KEYS") or False,
             uses_links_only=_flag(environ, "THROUGHLINE_TRACE_LINKS_ONLY") or False,
             export_timeout_seconds=_first_seconds(
                 environ, ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "OTEL_EXPORTER_OTLP_TIMEOUT"), 2.0

@@ -153,15 +153,22 @@ def queue_wait(
 
 
 def generation(
-    context: Context, record: GenerationRecord, *, capture_content: bool = False, tracer: Tracer | None = None
+    context: Context,
+    record: GenerationRecord,
+    *,
+    capture_content: bool = False,
+    uses_vllm_keys: bool = False,
+    tracer: Tracer | None = None,
 ) -> SpanContext:
     """Draw the one `gen_ai.*` span of a generation below `context`, with its engine phases as children.
 
     `capture_content` puts prompts and outputs on it; only `TelemetrySettings.captures_content` may say so.
+    `uses_vllm_keys` adds what dashboards made for vLLM read.
     Returned is the span's own context, for others to link to.
     """
     chosen = _tracer(tracer)
-    span = _start_generation(chosen, context, record, capture_content=capture_content)
+    attributes = _generation_attributes(record, capture_content=capture_content, vllm=uses_vllm_keys)
+    span = _start_generation(chosen, context, record, attributes)
     if span.is_recording():
         below = trace.set_span_in_context(span, context)
         for phase in record.phases:
@@ -176,6 +183,7 @@ def generation_apart(
     record: GenerationRecord,
     *,
     capture_content: bool = False,
+    uses_vllm_keys: bool = False,
     tracer: Tracer | None = None,
 ) -> None:
     """Draw a generation as the root of a trace of its own, for an item that its job's trace has no room for.
@@ -187,7 +195,8 @@ def generation_apart(
     if not trace.get_current_span(attempt).get_span_context().trace_flags.sampled:
         return
     links = [*link_to(creation, names.LINK_CREATION), *link_to(attempt, names.LINK_ATTEMPT)]
-    span = _start_generation(_tracer(tracer), Context(), record, links, capture_content=capture_content)
+    attributes = _generation_attributes(record, capture_content=capture_content, vllm=uses_vllm_keys)
+    span = _start_generation(_tracer(tracer), Context(), record, attributes, links)
     span.end(max(record.ended_at_ns, record.started_at_ns))
 
 
@@ -405,13 +414,9 @@ def _start_generation(
     tracer: Tracer,
     context: Context,
     record: GenerationRecord,
+    attributes: dict[str, AttributeValue],
     links: list[Link] | None = None,
-    *,
-    capture_content: bool,
 ) -> Span:
-    attributes = _request_attributes(record) | _response_attributes(record)
-    if capture_content:
-        attributes |= _content_attributes(record)
     span = tracer.start_span(
         f"{names.OPERATION_TEXT_COMPLETION} {record.model}",
         context,
@@ -445,6 +450,17 @@ def _draw_phase(tracer: Tracer, context: Context, phase: Phase) -> None:
         start_time=phase.start_ns,
     )
     span.end(max(phase.end_ns, phase.start_ns))
+
+
+def _generation_attributes(
+    record: GenerationRecord, *, capture_content: bool, vllm: bool
+) -> dict[str, AttributeValue]:
+    attributes = _request_attributes(record) | _response_attributes(record)
+    if capture_content:
+        attributes |= _content_attributes(record)
+    if vllm:
+        attributes |= _vllm_attributes(record)
+    return attributes
 
 
 def _request_attributes(record: GenerationRecord) -> dict[str, AttributeValue]:
@@ -484,6 +500,31 @@ def _response_attributes(record: GenerationRecord) -> dict[str, AttributeValue]:
         names.BATCH_SIZE_MAX: record.max_batch_size,
         names.STEPS: record.num_steps,
         names.PREEMPTIONS: record.num_preemptions or None,
+    }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _vllm_attributes(record: GenerationRecord) -> dict[str, AttributeValue]:
+    """What vLLM puts on its `llm_request`, as it means it (vllm/tracing/utils.py).
+
+    A request arrives when the engine is handed it, as there; its wait in the broker has keys of its own.
+    Preempted time counts as prefill or decode. One span tells of all choices, where vLLM has one a choice.
+    """
+    e2e = (record.ended_at_ns - record.started_at_ns) / 1e9
+    scheduled_ns = next((phase.start_ns for phase in record.phases if phase.name == "prefill"), None)
+    queued = None if scheduled_ns is None else (scheduled_ns - record.started_at_ns) / 1e9
+    first = record.time_to_first_token_seconds
+    given: dict[str, AttributeValue | None] = {
+        names.VLLM_REQUEST_ID: f"{record.response_id}-{record.item_index or 0}",
+        names.VLLM_REQUEST_N: record.choice_count,
+        names.VLLM_PROMPT_TOKENS: record.input_tokens,
+        names.VLLM_COMPLETION_TOKENS: record.output_tokens,
+        names.VLLM_TIME_TO_FIRST_TOKEN: _as_double(first),
+        names.VLLM_E2E: e2e,
+        names.VLLM_TIME_IN_QUEUE: queued,
+        names.VLLM_TIME_IN_PREFILL: None if first is None or queued is None else first - queued,
+        names.VLLM_TIME_IN_DECODE: None if first is None else e2e - first,
+        names.VLLM_TIME_IN_INFERENCE: None if queued is None else e2e - queued,
     }
     return {key: value for key, value in given.items() if value is not None}
 

@@ -51,6 +51,8 @@ class AttemptObserver:
     metrics: WorkerMetrics = SILENT
     max_item_spans: int = DEFAULT_ITEM_SPANS
     """Generations of one job in its own trace; those beyond are traces of their own, linked to it."""
+    uses_vllm_keys: bool = False
+    """Generations carry what dashboards made for vLLM read, beside today's keys."""
     uses_links_only: bool = False
     """All that is drawn here lies in the trace of its attempt, and nothing in that of the request."""
 
@@ -133,10 +135,19 @@ class AttemptObserver:
             if len(outputs) > 1:
                 record = replace(record, item_index=index)
             if index < self.max_item_spans:
-                spans.generation(current, record, capture_content=self.captures_content)
+                spans.generation(
+                    current,
+                    record,
+                    capture_content=self.captures_content,
+                    uses_vllm_keys=self.uses_vllm_keys,
+                )
             else:
                 spans.generation_apart(
-                    delivery.creation, current, record, capture_content=self.captures_content
+                    delivery.creation,
+                    current,
+                    record,
+                    capture_content=self.captures_content,
+                    uses_vllm_keys=self.uses_vllm_keys,
                 )
 
     def settling(self, delivery: Delivery) -> AbstractContextManager[object]:

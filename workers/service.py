@@ -181,6 +181,7 @@ class WorkerService:
                 telemetry.settings.captures_content,
                 self._metrics,
                 max_item_spans=self._settings.trace_item_spans,
+                uses_vllm_keys=telemetry.settings.uses_vllm_keys,
                 uses_links_only=telemetry.settings.uses_links_only,
             ),
             clock=self._clock,

@@ -16,7 +16,9 @@ from tests.support.trace_invariants import check_trace_invariants
 NUM_ITEM_SPANS = 2
 TEMPLATE = "http://127.0.0.1:16686/trace/{trace_id}"
 PARTS = ("queue_ms", "engine_wait_ms", "prefill_ms", "decode_ms", "store_ms")
+VLLM_KEYS = {attribute.key for attribute in names.ATTRIBUTES if attribute.source is names.Source.VLLM}
 ENVIRON = {
+    "THROUGHLINE_TRACE_VLLM_KEYS": "true",
     "THROUGHLINE_TRACE_URL_TEMPLATE": TEMPLATE,
     "THROUGHLINE_TRACE_ITEM_SPANS": str(NUM_ITEM_SPANS),
 }
@@ -74,6 +76,19 @@ def test_timings_agree_with_the_trace(traced: Traced) -> None:
     assert lengths["engine.prefill"] == pytest.approx(timings["prefill_ms"], abs=0.1)
     assert lengths["engine.decode"] == pytest.approx(timings["decode_ms"], abs=0.1)
     assert timings["total_ms"] <= lengths["POST"]
+
+
+def test_generation_carries_the_keys_of_vllm_when_they_are_switched_on(traced: Traced) -> None:
+    reply = traced.post("/v1/completions", max_tokens=40)
+    spans = wait_for_generations(traced, reply.headers["X-Job-Id"], reply.headers["X-Trace-Id"], 1)
+
+    (carriers,) = [span for span in spans if VLLM_KEYS & span.attributes.keys()]
+    told = {key: carriers.attributes[key] for key in VLLM_KEYS}
+    assert told["gen_ai.request.id"] == f"{reply.json()['id']}-0"
+    assert told["gen_ai.usage.completion_tokens"] == 40
+    e2e, decode = (float(str(told[f"gen_ai.latency.{name}"])) for name in ("e2e", "time_in_model_decode"))
+    assert 0 < decode < e2e == pytest.approx(carriers.duration_seconds, abs=1e-6)
+    check_trace_invariants(spans, canaries=[PROMPT], failed_job_ids=())
 
 
 def test_replies_and_errors_link_to_the_page_of_their_trace(traced: Traced) -> None:

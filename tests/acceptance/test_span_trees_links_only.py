@@ -16,6 +16,7 @@ import pytest
 
 from cli.client import JobView
 from cli.viewer_client import ViewerClient
+from telemetry import names
 from tests.support.processes import wait_until
 from tests.support.span_trees import ENGINE, WORKER, Traced, drawn, traced_stack
 
@@ -25,6 +26,8 @@ POST /v1/jobs SERVER api
  send throughline-tiny.batch PRODUCER api
  store job INTERNAL api"""
 GENERATION = """
+ receive output INTERNAL worker
+ report INTERNAL worker
  store result INTERNAL worker
  text_completion throughline-tiny INTERNAL worker
   engine.decode INTERNAL worker
@@ -58,6 +61,9 @@ process throughline-tiny.interactive CONSUMER worker 1 completed -> send
  queue throughline-tiny.interactive INTERNAL worker{GENERATION}"""
     traced.check(reply, wanted)
     assert num_traces(traced, reply) == 2
+    told = {key for span in traced.receiver.spans() for key in span.attributes}
+    vllm = {attribute.key for attribute in names.ATTRIBUTES if attribute.source is names.Source.VLLM}
+    assert told & vllm == set()  # nobody switched them on
 
 
 def test_job_cancelled_in_its_queue_leaves_a_mark_in_a_trace_of_its_own(traced: Traced) -> None:

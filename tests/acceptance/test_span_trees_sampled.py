@@ -36,6 +36,8 @@ POST /v1/completions SERVER api
  send throughline-tiny.interactive PRODUCER api
   process throughline-tiny.interactive CONSUMER worker 1 completed -> send
    claim INTERNAL worker
+   receive output INTERNAL worker
+   report INTERNAL worker
    store result INTERNAL worker
    text_completion throughline-tiny INTERNAL worker
     engine.decode INTERNAL worker

@@ -133,6 +133,7 @@ def test_generation_carries_every_parameter_when_all_are_given(recorded: Recorde
         prompt_count=3,
         uses_beam_search=True,
         is_streamed=True,
+        phases=(Phase(name="prefill", start_ns=10 * SECOND, end_ns=11 * SECOND),),
         time_to_first_token_seconds=0.25,
         mean_batch_size=31.5,
         max_batch_size=32,
@@ -140,7 +141,8 @@ def test_generation_carries_every_parameter_when_all_are_given(recorded: Recorde
         num_preemptions=1,
     )
 
-    attributes = dict(draw_generation(recorded, record, capture_content=True).attributes or {})
+    drawn = draw_generation(recorded, record, capture_content=True, uses_vllm_keys=True)
+    attributes = dict(drawn.attributes or {})
 
     shape = names.shape_of("text_completion facebook/opt-125m", "INTERNAL")
     assert shape is not None
@@ -148,6 +150,47 @@ def test_generation_carries_every_parameter_when_all_are_given(recorded: Recorde
     # A JSON number without a point is an int in Python; on the wire these are doubles all the same.
     assert isinstance(attributes["gen_ai.request.temperature"], float)
     assert attributes["gen_ai.request.seed"] == 0
+
+
+def test_generation_carries_the_keys_of_vllm_in_its_meaning_only_when_asked(recorded: Recorded) -> None:
+    """Preempted once: all from the first scheduling to the last token is inference, as there."""
+    stays = ("wait", 10, 12), ("prefill", 12, 13), ("decode", 13, 14), ("wait", 14, 17), ("decode", 17, 20)
+    phases = tuple(
+        Phase(name=name, start_ns=start * SECOND, end_ns=end * SECOND)
+        for name, start, end in stays  # type: ignore[arg-type]  # mypy widens the literals
+    )
+    record = replace(
+        RECORD,
+        ended_at_ns=20 * SECOND,
+        phases=phases,
+        item_index=3,
+        choice_count=2,
+        time_to_first_token_seconds=3.0,
+    )
+
+    plain = dict(draw_generation(recorded, record).attributes or {})
+    recorded.exporter.clear()
+    more = dict(draw_generation(recorded, record, uses_vllm_keys=True).attributes or {})
+
+    assert {key: value for key, value in more.items() if key not in plain} == {
+        "gen_ai.request.id": "cmpl-1-3",
+        "gen_ai.request.n": 2,
+        "gen_ai.usage.prompt_tokens": 4,
+        "gen_ai.usage.completion_tokens": 20,
+        "gen_ai.latency.time_in_queue": 2.0,
+        "gen_ai.latency.time_to_first_token": 3.0,
+        "gen_ai.latency.time_in_model_prefill": 1.0,
+        "gen_ai.latency.time_in_model_decode": 7.0,
+        "gen_ai.latency.time_in_model_inference": 8.0,
+        "gen_ai.latency.e2e": 10.0,
+    }
+    assert plain.items() <= more.items()
+
+
+def test_generation_has_no_latency_of_vllm_s_that_was_never_reached(recorded: Recorded) -> None:
+    attributes = draw_generation(recorded, RECORD, uses_vllm_keys=True).attributes or {}
+
+    assert {key for key in attributes if key.startswith("gen_ai.latency")} == {"gen_ai.latency.e2e"}
 
 
 def test_generation_is_an_error_when_the_record_names_one(recorded: Recorded) -> None:
