@@ -24,6 +24,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import socket
 import statistics
 import sys
@@ -359,6 +360,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=names, default=names, help="all of them, see above")
     parser.add_argument("--rounds", type=_positive, default=5, help="(5)")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the stacks end with us
     if BASE not in arguments.ways:
         parser.error(f"--ways must hold {BASE}, which the others are compared to")
     with collector() as healthy, black_hole() as silent:
