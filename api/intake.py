@@ -13,6 +13,7 @@ from api.preferences import read_idempotency_key
 from api.prompts import Prompts, read_prompts
 from api.sampling import check_options, num_sequences, to_sampling
 from api.schemas import CompletionBody, JobBody
+from api.structured import check_structure
 from jobs.clock import Clock
 from jobs.model import JobRequest, NewJob, Priority, ReplicaId, new_job_id
 from jobs.registry import ModelCard, queue_name
@@ -102,7 +103,9 @@ class Intake:
             rule = f"prompts times sequences each (n or best_of) must be at most {self.limits.max_sequences}"
             raise InvalidRequest("n" if body.best_of is None else "best_of", num_sequences(body), rule)
         prompts = await self.prompts.prepare(raw, card, keep_text=bool(body.echo))
-        return JobRequest(model=card.name, prompts=prompts, sampling=to_sampling(body, card, prompts))
+        sampling = to_sampling(body, card, prompts)
+        await check_structure(sampling.get("structured_outputs"))
+        return JobRequest(model=card.name, prompts=prompts, sampling=sampling)
 
 
 async def _read_document(request: Request) -> dict[str, object]:

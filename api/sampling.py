@@ -7,6 +7,7 @@ from typing import Any
 
 from api.errors import ContextTooLong, InvalidRequest
 from api.schemas import DEFAULT_MAX_TOKENS, CompletionBody
+from api.structured import structured_output
 from jobs.model import Prompt
 from jobs.registry import ModelCard
 
@@ -34,6 +35,7 @@ FIELDS = (
     "frequency_penalty",
     "repetition_penalty",
     "logit_bias",
+    "structured_outputs",
 )
 """Taken over as they are when the client gave them. The defaults of both sides are the same."""
 
@@ -52,6 +54,9 @@ def to_sampling(body: CompletionBody, card: ModelCard, prompts: Sequence[Prompt]
             given[name] = list(given[name])
     if body.logit_bias is not None:
         given["logit_bias"] = {str(token): bias for token, bias in body.logit_bias.items()}
+    structure = structured_output(body)
+    if structure is not None:
+        given["structured_outputs"] = structure
     max_tokens = fit_max_tokens(body, card, prompts)
     if body.min_tokens is not None and body.min_tokens > max_tokens:
         raise InvalidRequest(

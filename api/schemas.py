@@ -7,9 +7,10 @@ explicit null is the same as leaving the field out; unknown fields are ignored. 
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from jobs.model import Priority, Timings, TokenLogprobs
 from jobs.states import JobState
@@ -21,6 +22,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1000
 MAX_STOP_TOKEN_IDS = 1024
 MAX_BAD_WORDS = 128
+MAX_STRUCTURE_CHARACTERS = 65_536
+MAX_CHOICE_STRINGS = 1024
 MAX_EXPIRY_SECONDS = 30 * 24 * 3600
 MAX_METADATA_PAIRS = 16
 
@@ -36,6 +39,67 @@ def _minus_one_is_off(value: object) -> object:
 Number = Annotated[float, Field(allow_inf_nan=False)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 TokenId = Annotated[int, Field(ge=0)]
+
+
+StructureText = Annotated[str, Field(min_length=1, max_length=MAX_STRUCTURE_CHARACTERS)]
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's request for structured output: exactly one of these."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    schema_: Annotated[dict[str, Any] | StructureText | None, Field(alias="json")] = None
+    """A JSON schema."""
+    json_object: Literal[True] | None = None
+    """Any JSON object."""
+    regex: StructureText | None = None
+    choice: (
+        Annotated[tuple[StructureText, ...], Field(min_length=1, max_length=MAX_CHOICE_STRINGS)] | None
+    ) = None
+    grammar: StructureText | None = None
+    """In Lark's notation or GBNF."""
+
+    @model_validator(mode="after")
+    def _is_one(self) -> StructuredOutputs:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError("must hold exactly one of json, json_object, regex, choice and grammar")
+        if isinstance(self.schema_, dict):
+            check_size(self.schema_)
+        return self
+
+
+class NamedSchema(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+    @model_validator(mode="after")
+    def _fits(self) -> NamedSchema:
+        check_size(self.schema_)
+        return self
+
+
+class ResponseFormat(BaseModel):
+    """OpenAI's request for structured output."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("must have json_schema if and only if its type is json_schema")
+        return self
+
+
+def check_size(schema: dict[str, Any]) -> None:
+    """Raises ValueError for a schema longer than the text of one may be."""
+    if len(json.dumps(schema)) > MAX_STRUCTURE_CHARACTERS:
+        raise ValueError(f"must be a schema of at most {MAX_STRUCTURE_CHARACTERS} characters")
 
 
 class CompletionBody(BaseModel):
@@ -75,6 +139,8 @@ class CompletionBody(BaseModel):
     frequency_penalty: Annotated[Number, Field(ge=-2.0, le=2.0)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0.0)] | None = None
     logit_bias: dict[TokenId, Annotated[Number, Field(ge=-100.0, le=100.0)]] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    response_format: ResponseFormat | None = None
     stream: bool | None = None
     suffix: str | None = None
     user: str | None = None

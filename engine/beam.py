@@ -38,6 +38,10 @@ class Ending:
     finish_reason: FinishReason
     stop_reason: int | str | None
 
+    @property
+    def is_stop(self) -> bool:
+        return self.finish_reason == "stop"
+
 
 @dataclass(frozen=True, slots=True)
 class FinishedBeam:

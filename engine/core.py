@@ -37,6 +37,7 @@ from engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
 from engine.sequence import Request
 from engine.sequence import Sequence as TokenSequence
 from engine.stats import StepObserver, StepStats
+from engine.structured import GrammarCompiler
 from engine.weights import LoadedModel, load_model
 
 __all__ = [
@@ -86,6 +87,9 @@ class Engine:
         self._observer = observer
         self._clock = clock
         self._arrivals = count()
+        self._grammars = GrammarCompiler(
+            self.model_info.tokenizer, self.model_info.vocab_size, self.model_info.eos_token_ids
+        )
         self._progress: dict[str, RequestProgress] = {}
         self._finished: list[RequestOutput] = []
         self._is_broken = False
@@ -144,14 +148,7 @@ class Engine:
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             sequences=[TokenSequence(0, list(prompt_token_ids), len(prompt_token_ids))],
         )
-        kind = BeamProgress if params.use_beam_search else SampledProgress
-        self._progress[request_id] = kind(
-            request,
-            self.model_info.tokenizer,
-            frozenset(self.model_info.eos_token_ids),
-            prompt_text=prompt_text,
-            arrived_at=self._clock(),
-        )
+        self._progress[request_id] = self._begin(request, prompt_text)
         self._scheduler.add(request)
 
     def abort(self, request_id: str) -> bool:
@@ -206,6 +203,17 @@ class Engine:
         if num_requests != len(self._progress):
             raise InvariantError(f"{num_requests} requests are scheduled, {len(self._progress)} are known")
 
+    def _begin(self, request: Request, prompt_text: str | None) -> RequestProgress:
+        arrived_at = self._clock()
+        texts, ends = self.model_info.tokenizer, frozenset(self.model_info.eos_token_ids)
+        if request.params.use_beam_search:
+            return BeamProgress(request, texts, ends, prompt_text=prompt_text, arrived_at=arrived_at)
+        structure = request.params.structured_outputs
+        guide = None if structure is None else self._grammars.guide(structure)
+        return SampledProgress(
+            request, texts, ends, prompt_text=prompt_text, arrived_at=arrived_at, guide=guide
+        )
+
     def _note_scheduling(self, batch: ScheduledBatch, at: float) -> None:
         for request in batch.preempted:
             self._progress[request.request_id].phases.preempted(at)
@@ -256,13 +264,20 @@ class Engine:
                 self._finish_sequence(progress, row.sequence, now)
         return deltas
 
-    def _sampler_rows(self, progress: RequestProgress, request_rows: list[int]) -> list[SamplerRow]:
+    def _sampler_rows(self, progress: SampledProgress, request_rows: list[int]) -> list[SamplerRow]:
         request = progress.request
         if not request.is_forked and request.params.width > 1:
             self._scheduler.fork(request)
             request_rows = request_rows * request.params.width
         return [
-            SamplerRow(row, sequence, request.params, request.seed, progress.forbidden(sequence))
+            SamplerRow(
+                row,
+                sequence,
+                request.params,
+                request.seed,
+                progress.forbidden(sequence),
+                progress.allowed(sequence),
+            )
             for row, sequence in zip(request_rows, request.sequences, strict=True)
         ]
 

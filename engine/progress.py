@@ -17,6 +17,7 @@ from engine.outputs import Completion, FinishReason, Logprobs, RequestOutput, To
 from engine.sampling import SamplingParams
 from engine.sequence import Request, Sequence, TokenLogprob
 from engine.stats import PhaseRecorder
+from engine.structured import Guide
 from engine.text import SequenceText, TokenTexts, render_logprobs
 
 
@@ -34,6 +35,7 @@ class RequestProgress(ABC):
     Attributes:
         phases: The request's stamps.
         prompt_logprobs: Of the prompt's tokens from the second on, as far as they are computed.
+        error: Why the request as a whole has failed.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class RequestProgress(ABC):
         self.request = request
         self.phases = PhaseRecorder(arrived_at)
         self.prompt_logprobs: list[TokenLogprob] = []
+        self.error: str | None = None
         self._texts = texts
         root = request.sequences[0]
         self._prompt_token_ids = root.token_ids[: root.num_prompt_tokens]
@@ -68,7 +71,7 @@ class RequestProgress(ABC):
 
     def forbidden(self, sequence: Sequence) -> frozenset[int]:
         """Tokens that the sequence must not take next."""
-        if not self.params.limits_tokens:
+        if not (self.params.min_tokens or self.params.bad_words):
             return frozenset()
         return self._forbidden.after(sequence.output_token_ids)
 
@@ -82,7 +85,7 @@ class RequestProgress(ABC):
     @abstractmethod
     def num_completion_tokens(self) -> int: ...
 
-    def output(self, at: float, error: str | None = None) -> RequestOutput:
+    def output(self, at: float) -> RequestOutput:
         """The request's result, once all its sequences have finished or been aborted."""
         return RequestOutput(
             request_id=self.request.request_id,
@@ -93,7 +96,7 @@ class RequestProgress(ABC):
                 cached_tokens=self.request.num_cached_tokens or 0,
             ),
             phases=self.phases.finish(at),
-            error=error,
+            error=self.error,
         )
 
     def _echoed_text(self, prompt_text: str | None) -> str:
@@ -117,7 +120,7 @@ class RequestProgress(ABC):
 
     def _push(self, text: SequenceText, token_id: int, ending: Ending | None) -> tuple[str, Ending | None]:
         """Add a token to a text. Returns what is released, and the ending, which a stop string may change."""
-        is_stop_token = ending is not None and ending.finish_reason == "stop"
+        is_stop_token = token_id in self._eos_token_ids or token_id in self.params.stop_token_ids
         if is_stop_token and not self.params.include_stop_str_in_output:
             text.skip()
             return text.flush(), ending
@@ -170,7 +173,10 @@ class RequestProgress(ABC):
 
 
 class SampledProgress(RequestProgress):
-    """Sequences that each take one token a step, independent of each other."""
+    """Sequences that each take one token a step, independent of each other.
+
+    Each has a guide of its own where the output must follow a structure.
+    """
 
     def __init__(
         self,
@@ -180,8 +186,11 @@ class SampledProgress(RequestProgress):
         *,
         prompt_text: str | None,
         arrived_at: float,
+        guide: Guide | None = None,
     ) -> None:
         super().__init__(request, texts, eos_token_ids, prompt_text=prompt_text, arrived_at=arrived_at)
+        self._guide = guide
+        self._guides: dict[int, Guide] = {}
         self._sequence_texts: dict[int, SequenceText] = {}
         self._completions: list[Completion] = []
 
@@ -197,11 +206,18 @@ class SampledProgress(RequestProgress):
         if text is None:
             text = self._sequence_texts[sequence.index] = self._new_text()
         ending = self._ending_of_token(token_id, sequence.num_output_tokens)
+        if self._completes_structure(sequence, token_id) and (ending is None or not ending.is_stop):
+            ending = Ending("stop", None)
         released, ending = self._push(text, token_id, ending)
         if ending is not None:
             self._finish(sequence, ending.finish_reason, ending.stop_reason)
         shown = self._echoed + released if is_first else released
         return Advance(self._delta(sequence.index, (token_id,), shown), ending is not None)
+
+    def allowed(self, sequence: Sequence) -> bytes | None:
+        """A bit for each token that the sequence may take next; `None` for any."""
+        guide = self._guide_of(sequence)
+        return None if guide is None else guide.allowed()
 
     def accept_nothing(self) -> list[TokenDelta]:
         """Finish a request of `max_tokens` 0, once its prompt is computed; returns the echoed prompt."""
@@ -226,6 +242,19 @@ class SampledProgress(RequestProgress):
 
     def num_completion_tokens(self) -> int:
         return sum(len(completion.token_ids) for completion in self._completions)
+
+    def _guide_of(self, sequence: Sequence) -> Guide | None:
+        if self._guide is not None and sequence.index not in self._guides:
+            self._guides[sequence.index] = self._guide.fork()
+        return self._guides.get(sequence.index)
+
+    def _completes_structure(self, sequence: Sequence, token_id: int) -> bool:
+        guide = self._guide_of(sequence)
+        if guide is None:
+            return False
+        guide.accept(token_id)
+        self.error = self.error or guide.error
+        return guide.is_over
 
     def _delta(self, index: int, token_ids: tuple[int, ...], text: str) -> TokenDelta | None:
         if self.params.width > self.params.n:
@@ -322,7 +351,7 @@ class BeamProgress(RequestProgress):
     def _ending_of(self, candidate: Candidate, beams: SequenceOf[Sequence]) -> Ending | None:
         parent = beams[candidate.parent]
         ending = self._ending_of_token(candidate.token_id, parent.num_output_tokens + 1)
-        if not self.params.stop or (ending is not None and ending.finish_reason == "stop"):
+        if not self.params.stop or (ending is not None and ending.is_stop):
             return ending
         # Beams come and go, so their text is not kept: it is made again where stop strings ask for it.
         _, ending = self._replay([*parent.output_token_ids, candidate.token_id], ending)

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,7 @@ class SamplerRow:
     Attributes:
         row: Of the logits; several sequences may share one, right after a fork.
         forbidden: Tokens that must not be chosen.
+        allowed: One bit for each token that may be; `None` for all.
     """
 
     row: int
@@ -40,10 +42,11 @@ class SamplerRow:
     params: SamplingParams
     seed: int
     forbidden: frozenset[int] = frozenset()
+    allowed: bytes | None = None
 
     @property
     def changes_logits(self) -> bool:
-        return self.params.changes_logits or bool(self.forbidden)
+        return self.params.changes_logits or bool(self.forbidden) or self.allowed is not None
 
     @property
     def draw(self) -> float:
@@ -225,6 +228,8 @@ def _apply_changes(logits: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
         if row.params.changes_logits:
             _apply_penalties(changed[index], row)
         _forbid_in(changed[index], row.forbidden)
+        if row.allowed is not None:
+            _allow_only(changed[index], row.allowed)
     return changed
 
 
@@ -250,6 +255,12 @@ def _apply_penalties(logits: Tensor, row: SamplerRow) -> None:
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=logits.device)
         logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+
+
+def _allow_only(logits: Tensor, allowed: bytes) -> None:
+    """In place, on one row; `allowed` has a bit for each of its tokens, and may have more."""
+    bits = np.unpackbits(np.frombuffer(allowed, dtype=np.uint8), count=logits.shape[-1], bitorder="little")
+    logits.masked_fill_(torch.from_numpy(bits == 0).to(logits.device), -torch.inf)
 
 
 def _score_rows(

@@ -6,12 +6,28 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import Literal, get_args
 
 from engine.errors import InvalidRequestError
 
 MAX_SEQUENCES_PER_REQUEST = 128
 MAX_TOP_LOGPROBS = 20
 _DRAW_BITS = 53  # what a float's mantissa holds
+
+
+StructureKind = Literal["json_schema", "regex", "choice", "grammar"]
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutput:
+    """What the output must follow.
+
+    Attributes:
+        text: The schema, the expression, a JSON list of strings, or a grammar in Lark's or GBNF's notation.
+    """
+
+    kind: StructureKind
+    text: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +57,8 @@ class SamplingParams:
         echo: The prompt comes before the completion, with its log-probabilities if those are asked for.
         bad_words: Texts that no output may hold, as far as one run of tokens spells them: that of the word at
             the beginning of a text, or of the word after a space.
+        structured_outputs: The output follows it from its first token, and ends where it is complete. Not
+            together with beam search, `bad_words`, `min_tokens` or `ignore_eos`, which could contradict it.
         skip_special_tokens: Leave special tokens out of the text.
         include_stop_str_in_output: Keep the stop string, or the text of the stop token.
         presence_penalty, frequency_penalty: Subtracted once, or per occurrence, for generated tokens.
@@ -68,6 +86,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     bad_words: tuple[str, ...] = ()
+    structured_outputs: StructuredOutput | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -78,6 +97,7 @@ class SamplingParams:
         self._check_distribution()
         self._check_penalties()
         self._check_stops()
+        self._check_structure()
 
     @property
     def width(self) -> int:
@@ -97,11 +117,6 @@ class SamplingParams:
             or self.repetition_penalty != 1.0
             or self.logit_bias
         )
-
-    @property
-    def limits_tokens(self) -> bool:
-        """Whether some tokens may be forbidden at some places."""
-        return bool(self.min_tokens or self.bad_words)
 
     @property
     def needs_logprobs(self) -> bool:
@@ -150,6 +165,18 @@ class SamplingParams:
             raise InvalidRequestError("stop_token_ids", self.stop_token_ids, "must be a tuple of token ids")
         for token_id in self.stop_token_ids:
             _check_int("stop_token_ids", token_id, 0, None)
+
+    def _check_structure(self) -> None:
+        structure = self.structured_outputs
+        if structure is None:
+            return
+        if structure.kind not in get_args(StructureKind) or not structure.text:
+            rule = f"must be a text of one of the kinds {', '.join(get_args(StructureKind))}"
+            raise InvalidRequestError("structured_outputs", structure.kind, rule)
+        for name in ("use_beam_search", "bad_words", "min_tokens", "ignore_eos"):
+            if getattr(self, name):
+                rule = "cannot be combined with structured_outputs"
+                raise InvalidRequestError(name, getattr(self, name), rule)
 
 
 def uniform_draw(seed: int, sequence_index: int, position: int) -> float:

@@ -24,7 +24,7 @@ from typing import TypeVar
 
 from engine.errors import InvalidRequestError
 from engine.outputs import RequestOutput
-from engine.sampling import SamplingParams
+from engine.sampling import SamplingParams, StructuredOutput
 from jobs.clock import Clock
 from jobs.errors import StoreUnavailable
 from jobs.model import Failure, JobId, JobRequest, LeaseToken, WorkerId, new_lease_token
@@ -67,6 +67,8 @@ class AttemptRunner:
     lease_seconds: float
     is_stopping: threading.Event
     company: Company = field(default_factory=Company)
+    settled_tags: set[str] = field(default_factory=set)
+    """Tags of messages that went with their job's settling, for whoever acknowledges messages."""
 
     def run(self, delivery: Delivery) -> Verdict:
         """Raises JobStopped when the worker shuts down; the job is queued again by then."""
@@ -192,9 +194,14 @@ class AttemptRunner:
 
     def _store(self, delivery: Delivery, token: LeaseToken, settlement: Settlement) -> SettleOutcome | None:
         with self.observer.settling(delivery):
-            return self._insist(
-                lambda: self.store.settle(delivery.id, token, settlement, now=self.clock.now())
+            outcome = self._insist(
+                lambda: self.store.settle(
+                    delivery.id, token, settlement, now=self.clock.now(), message_tag=delivery.tag
+                )
             )
+        if outcome in (SettleOutcome.SETTLED, SettleOutcome.CANCELLED):
+            self.settled_tags.add(delivery.tag)
+        return outcome
 
     def _tell(self, delivery: Delivery, settlement: Settlement, outcome: SettleOutcome | None) -> Verdict:
         if outcome is None:
@@ -253,6 +260,9 @@ def sampling_params(stored: dict[str, object]) -> SamplingParams:
     bias = values.get("logit_bias")
     if isinstance(bias, dict):
         values["logit_bias"] = {int(token): float(weight) for token, weight in bias.items()}
+    structure = values.get("structured_outputs")
+    if isinstance(structure, dict):
+        values["structured_outputs"] = StructuredOutput(**structure)
     return SamplingParams(**values)  # type: ignore[arg-type]  # checked by SamplingParams itself
 
 

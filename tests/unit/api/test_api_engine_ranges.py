@@ -17,7 +17,7 @@ from api.sampling import FIELDS, to_sampling
 from api.schemas import CompletionBody
 from engine import sampling as engine_sampling
 from engine.admission import ModelInfo, check_request
-from engine.sampling import SamplingParams
+from engine.sampling import SamplingParams, StructuredOutput
 from jobs.model import Prompt
 from jobs.registry import ModelCard
 from workers.attempt import sampling_params
@@ -67,6 +67,11 @@ values = {
     | st.lists(st.text(max_size=2), max_size=3)
     | st.lists(loose, max_size=3),
     "stop_token_ids": token_lists,
+    "structured_outputs": st.dictionaries(
+        st.sampled_from(["json", "regex", "choice", "grammar", "json_object"]),
+        loose | st.text(max_size=3) | st.lists(st.text(max_size=2), max_size=2),
+        max_size=2,
+    ),
     "logit_bias": st.dictionaries(st.integers(-2, 55).map(str) | st.text(max_size=2), loose, max_size=3),
 }
 # Few fields at a time, so that most documents are accepted and get as far as the engine.
@@ -147,6 +152,14 @@ def test_what_the_client_gave_reaches_the_engine_by_its_name() -> None:
     params = sampling_params(sampling)
     assert params.bad_words == ("c", "d")
     assert (params.stop, params.stop_token_ids, params.logit_bias) == (("a", "b"), (4,), {9: -5.0})
+
+
+def test_what_the_output_must_follow_reaches_the_engine() -> None:
+    body = _validated({"model": "m", "prompt": "x", "structured_outputs": {"choice": ["a", "b"]}})
+
+    params = sampling_params(to_sampling(body, CARD, [Prompt(token_ids=(1,))]))
+
+    assert params.structured_outputs == StructuredOutput("choice", '["a", "b"]')
 
 
 def _validated(document: dict[str, Any]) -> CompletionBody:
