@@ -111,6 +111,10 @@ def is_whole(job: JobView, spans: Sequence[SpanRecord]) -> bool:
     own = [span for span in spans if span.attributes.get(names.JOB_ID) == job.id]
     sent = [span for span in own if span.kind == "PRODUCER"]
     # A worker that died has left no span; the next attempt drew one for it.
-    num_processed = sum(span.kind == "CONSUMER" or names.JOB_ATTEMPT in span.attributes for span in own)
+    num_processed = sum(
+        (span.kind == "CONSUMER" or names.JOB_ATTEMPT in span.attributes)
+        and names.JOB_HANDED_BACK not in span.attributes
+        for span in own
+    )
     has_requests = all(span.parent_id is None or span.parent_id in ids for span in sent)
     return job.is_done and bool(sent) and has_requests and num_processed >= job.num_attempts

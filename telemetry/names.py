@@ -44,6 +44,7 @@ SPAN_GIVE_BACK: Final = "give back"
 # Ours: what a client can search a trace by.
 JOB_ID: Final = "job.id"
 JOB_ATTEMPT: Final = "job.attempt"
+JOB_HANDED_BACK: Final = "job.handed_back"
 JOB_STATE: Final = "job.state"
 JOB_REDELIVERED: Final = "job.redelivered"
 
@@ -222,7 +223,17 @@ SPANS: Final[tuple[SpanShape, ...]] = (
         ("CONSUMER",),
         "worker",
         _MESSAGING,
-        (JOB_ID, JOB_ATTEMPT, JOB_REDELIVERED, JOB_STATE, QUEUE_WAIT, CLOCK_SKEWED, TASK_NAME, ERROR_TYPE),
+        (
+            JOB_ID,
+            JOB_ATTEMPT,
+            JOB_REDELIVERED,
+            JOB_HANDED_BACK,
+            JOB_STATE,
+            QUEUE_WAIT,
+            CLOCK_SKEWED,
+            TASK_NAME,
+            ERROR_TYPE,
+        ),
     ),
     # INTERNAL, not CONSUMER: nobody measured it, it is drawn from the job's record by the next delivery.
     SpanShape("lost <queue>", ("INTERNAL",), "worker", (JOB_ID, JOB_ATTEMPT, ERROR_TYPE)),
@@ -306,7 +317,9 @@ ATTRIBUTES: Final[tuple[Attribute, ...]] = (
         *_STEP,
         STEP_LINKS_OMITTED,
     ),
-    *_attributes(Source.OWN, "boolean", JOB_REDELIVERED, CLOCK_SKEWED, REQUEST_BEAM_SEARCH, STEP_SLOW),
+    *_attributes(
+        Source.OWN, "boolean", JOB_REDELIVERED, JOB_HANDED_BACK, CLOCK_SKEWED, REQUEST_BEAM_SEARCH, STEP_SLOW
+    ),
     *_attributes(Source.OWN, "double", QUEUE_WAIT, TIME_TO_FIRST_TOKEN, BATCH_SIZE_MEAN),
     *_attributes(Source.MESSAGING, "string", *_MESSAGING),
     *_attributes(

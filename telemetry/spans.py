@@ -299,6 +299,14 @@ def mark_outcome(state: str, *, error_type: str | None = None) -> None:
         _fail(span, error_type)
 
 
+def mark_handed_back(state: str) -> None:
+    """The current `process` span tells that its worker stopped: the job's attempt does not count.
+
+    The next attempt has the same number. `state` is what the job was left in.
+    """
+    trace.get_current_span().set_attributes({names.JOB_STATE: state, names.JOB_HANDED_BACK: True})
+
+
 @contextmanager
 def accept() -> Iterator[None]:
     """A span from the arrival of a request until it is read, checked and tokenized.

@@ -143,7 +143,7 @@ class AttemptRunner:
             is_forgiven = not grade_of(claim.forgiven).is_alone
             return self._give_back(delivery, token, lost.failure, is_forgiven=is_forgiven)
         except JobStopped:
-            self._release(delivery.id, token, None)
+            self.observer.handed_back(self._release(delivery.id, token, None))
             raise
         hand_over = HandOver(asked_at_ns, received_at_ns=time_ns())
         generated_at = self.clock.now()

@@ -174,6 +174,13 @@ class AttemptObserver:
         spans.mark_outcome(JobState.QUEUED.value, error_type=failure.reason)
         logger.warning("job given back: %s", failure.message)
 
+    def handed_back(self, outcome: SettleOutcome | None) -> None:
+        """The worker stops. What the store did not do, or not as asked, is not told as done."""
+        if outcome is SettleOutcome.SETTLED:
+            spans.mark_handed_back(JobState.QUEUED.value)
+        elif outcome is SettleOutcome.CANCELLED:
+            spans.mark_outcome(JobState.CANCELLED.value)
+
     def lease_lost(self, delivery: Delivery) -> None:
         self.metrics.lease_lost(delivery)
         spans.mark_outcome("lease_lost", error_type="lease_lost")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 
@@ -10,7 +12,7 @@ import pytest
 
 from telemetry import names
 from telemetry.record import SpanRecord
-from tests.support.span_trees import PROMPT, Traced, drawn, traced_stack
+from tests.support.span_trees import ENGINE, PROMPT, WORKER, Traced, drawn, traced_stack
 from tests.support.trace_invariants import check_trace_invariants
 
 NUM_ITEM_SPANS = 2
@@ -99,6 +101,31 @@ def test_replies_and_errors_link_to_the_page_of_their_trace(traced: Traced) -> N
     assert refused.json()["error"]["trace"] == page_of(refused)
     job = traced.client.get(f"/v1/jobs/{done.headers['X-Job-Id']}").json()
     assert job["links"]["trace"] == page_of(done)
+
+
+def test_attempt_that_a_stopping_worker_hands_back_is_marked_and_not_counted(traced: Traced) -> None:
+    with traced.stopped(ENGINE):
+        reply = traced.post()
+        id = reply.json()["id"]
+        traced.wait_status(id, "in_progress")
+        os.kill(traced.pid(WORKER), signal.SIGTERM)
+        traced.wait_status(id, "queued")
+    job = traced.wait_status(id, "completed").json()
+
+    def processed() -> list[SpanRecord]:
+        return [span for span in traced.receiver.of_job(id) if span.kind == "CONSUMER"]
+
+    traced.receiver.wait_for(
+        lambda _: any(span.attributes.get(names.JOB_STATE) == "completed" for span in processed()), 20
+    )
+    first, second = sorted(processed(), key=lambda span: span.start_ns)
+    told = (names.JOB_ATTEMPT, names.JOB_STATE, names.JOB_HANDED_BACK)
+    assert [first.attributes.get(key) for key in told] == [1, "queued", True]
+    assert [second.attributes.get(key) for key in told] == [1, "completed", None]
+    assert first.status == "UNSET"
+    assert first.span_id in {link.span_id for link in second.links}
+    assert job["attempts"] == 1
+    check_trace_invariants(traced.receiver.of_job(id), canaries=[PROMPT], failed_job_ids=())
 
 
 def page_of(reply: httpx.Response) -> str:

@@ -120,7 +120,8 @@ def _deliveries(spans: Sequence[SpanRecord]) -> Iterator[str]:
             yield f"one PRODUCER a message: {message_id!r} has {len(sent)}"
     for span in spans:
         attempt = span.attributes.get(names.JOB_ATTEMPT)
-        if isinstance(attempt, int):
+        # A stopped worker's attempt is not counted: the next one has its number.
+        if isinstance(attempt, int) and not span.attributes.get(names.JOB_HANDED_BACK):
             attempts.setdefault(span.attributes.get(names.JOB_ID), []).append(attempt)
         if span.kind != "CONSUMER":
             continue
