@@ -154,6 +154,11 @@ def the_api_knows_no_torch(stack: Stack) -> str:
     return "no torch in the image"
 
 
+def the_worker_has_its_kernels(stack: Stack) -> str:
+    probe = "from cuda_ops.native import native_levels; print(*native_levels())"
+    return f"CPU kernels: {stack.compose('exec', '-T', 'worker', 'python', '-c', probe).strip()}"
+
+
 def the_api_completes(_: Stack) -> str:
     answer = complete()
     usage = answer["usage"]
@@ -283,6 +288,7 @@ CHECKS: tuple[tuple[str, frozenset[str], Callable[[Stack], str]], ...] = (
     ("containers", frozenset(), every_container_is_well),
     ("redis", frozenset({"redis"}), redis_wants_its_password),
     ("api image", frozenset({"api"}), the_api_knows_no_torch),
+    ("worker image", frozenset({"worker"}), the_worker_has_its_kernels),
     ("API :8000", frozenset({"api", "worker"}), the_api_completes),
     ("Flower :5555", frozenset({"flower"}), flower_lists_the_worker),
     ("Prometheus :9090", frozenset({"prometheus"}), prometheus_reaches_its_targets),

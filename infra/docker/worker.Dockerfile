@@ -1,7 +1,7 @@
 # A worker on the CPU. Build from the repository's root:
 #   docker build -f infra/docker/worker.Dockerfile -t throughline-worker .
 # TORCH_BACKEND=cu130 (or cu128, …) builds it for a GPU; run that with `--gpus all` and `--device cuda`.
-FROM python:3.11-slim
+FROM python:3.11-slim AS installed
 
 ARG TORCH_BACKEND=cpu
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=/app PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -17,8 +17,18 @@ RUN pip install --no-cache-dir uv && \
       pip install --no-cache-dir --constraint constraints.txt '.[worker]'; } && \
     rm -rf build ./*.egg-info
 
+# The compiler stays behind; what it made of the CPU kernels is copied.
+FROM installed AS kernels
+# Any g++ of the distribution will do.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+COPY cuda_ops/cpu cuda_ops/cpu
+RUN python cuda_ops/cpu/build.py
+
+FROM installed
 COPY cli cli
 COPY cuda_ops cuda_ops
+COPY --from=kernels /app/cuda_ops/cpu/build cuda_ops/cpu/build
 COPY engine engine
 COPY jobs jobs
 COPY telemetry telemetry
