@@ -224,7 +224,9 @@ class MemoryStore:
         is_cancelling = record["state"] == JobState.CANCELLING
         return RenewOutcome.CANCELLING if is_cancelling else RenewOutcome.RENEWED
 
-    def settle(self, id: JobId, token: LeaseToken, settlement: Settlement, *, now: float) -> SettleOutcome:
+    def settle(
+        self, id: JobId, token: LeaseToken, settlement: Settlement, *, now: float, message_tag: str = ""
+    ) -> SettleOutcome:
         with self._lock:
             record = self._records.get(id)
             if (refusal := self._not_ours(record, token)) is not None:

@@ -11,7 +11,10 @@ from typing import Any, Protocol
 from celery import Celery
 from kombu.entity import Queue
 from kombu.exceptions import OperationalError
+from kombu.transport import redis as kombu_redis
 
+from jobs import broker_channel
+from jobs.broker_channel import SharedClientChannel
 from jobs.errors import StoreUnavailable
 from jobs.model import JobId
 from jobs.settings import JobsSettings
@@ -87,6 +90,8 @@ class CeleryPublisher:
     """
 
     def __init__(self, app: Celery) -> None:
+        if not issubclass(kombu_redis.Transport.Channel, SharedClientChannel):  # a worker has its own
+            broker_channel.use(SharedClientChannel)
         self._app: Any = app
         self._task = app.tasks[GENERATE] if GENERATE in app.tasks else declare_generate(app)
 

@@ -172,11 +172,13 @@ class RedisAttemptStore:
             replies = pipeline.execute()
         return {id: RenewOutcome(reply) for id, reply in zip(held, replies, strict=True)}
 
-    def settle(self, id: JobId, token: LeaseToken, settlement: Settlement, *, now: float) -> SettleOutcome:
+    def settle(
+        self, id: JobId, token: LeaseToken, settlement: Settlement, *, now: float, message_tag: str = ""
+    ) -> SettleOutcome:
         fields: list[Any] = [part for pair in settlement_fields(settlement).items() for part in pair]
         head: list[Any] = [self._keys.prefix, id, token, repr(now), settlement.state.value, self._ttl]
         with store_errors():
-            reply = self._settle(keys=[self._keys.job(id)], args=[*head, *fields])
+            reply = self._settle(keys=[self._keys.job(id)], args=[*head, message_tag, *fields])
         return SettleOutcome(reply)
 
     def mark_alone(self, id: JobId, token: LeaseToken) -> bool:

@@ -199,10 +199,15 @@ class AttemptStore(Protocol):
         self, held: dict[JobId, LeaseToken], *, now: float, lease_seconds: float
     ) -> dict[JobId, RenewOutcome]: ...
 
-    def settle(self, id: JobId, token: LeaseToken, settlement: Settlement, *, now: float) -> SettleOutcome:
+    def settle(
+        self, id: JobId, token: LeaseToken, settlement: Settlement, *, now: float, message_tag: str = ""
+    ) -> SettleOutcome:
         """Write the final state, tell the watchers and clear the ledger, once.
 
         Safe to repeat: the first final state wins and the second call returns DUPLICATE.
+
+        `message_tag` is the delivery tag of the broker's message, which goes in the same act where the
+        outcome is SETTLED or CANCELLED; otherwise, and without a tag, it is left to whoever holds it.
         """
         ...
 

@@ -93,6 +93,7 @@ def _delivery(id: JobId, request: Any) -> Delivery:
         enqueued_at_ns=enqueued_at_ns,
         is_redelivered=bool(delivery_info.get("redelivered")),
         creation=creation_context(request),
+        tag=(request.properties or {}).get("delivery_tag", ""),
     )
 
 

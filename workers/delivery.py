@@ -20,3 +20,5 @@ class Delivery:
     is_redelivered: bool
     creation: Context
     """The trace context that the message carries: its send span's."""
+    tag: str = ""
+    """By which the broker knows the message while it is held."""

@@ -19,6 +19,8 @@ from celery import bootsteps, signals
 from celery.worker import state
 from kombu.transport.redis import Channel
 
+from workers.event_pace import EventPace
+
 
 class HeldMessages:
     """The messages that Celery received and has not acknowledged. One a process."""
@@ -32,6 +34,7 @@ class HeldMessages:
         signals.task_received.connect(self._receive, weak=False)
         signals.worker_shutting_down.connect(self._give_back_on_shutdown, weak=False)
         app.steps["consumer"].add(_carry_over_step(self))
+        app.steps["consumer"].add(EventPace)
 
     def tags(self) -> list[str]:
         """What to keep. An acknowledgement that was lost must be made again, after a redelivery: not kept."""

@@ -20,6 +20,7 @@ from celery import Celery
 from engine.config import EngineConfig
 from jobs.clock import SystemClock
 from jobs.errors import StoreUnavailable
+from jobs.keys import Keys
 from jobs.ledger import Ledger
 from jobs.model import PRIORITIES, WorkerId
 from jobs.queue import CeleryPublisher
@@ -32,6 +33,7 @@ from telemetry.celery import instrument_celery
 from telemetry.meter import Metrics, build_metrics, shut_down
 from telemetry.metrics_port import MetricsPort, open_port
 from telemetry.setup import Telemetry, configure
+from workers import channel
 from workers.attempt import AttemptRunner, Verdict
 from workers.child_runtime import ChildRuntime
 from workers.delivery import Delivery
@@ -102,6 +104,7 @@ class WorkerService:
         self._ledger = Ledger(self._client, jobs_settings)
         self._messages = HeldMessages()
         self._messages.install(app)
+        self._settled_tags = channel.install(self._client, Keys(jobs_settings.key_prefix))
         self._metrics = SILENT  # until start() has read the telemetry's settings
         self._runtime = create_runtime(settings, self._give_up, lambda tally: self._metrics.stepped(tally))
         self._is_stopping = threading.Event()
@@ -188,6 +191,7 @@ class WorkerService:
             worker=self.worker,
             lease_seconds=self._jobs_settings.lease_seconds,
             is_stopping=self._is_stopping,
+            settled_tags=self._settled_tags,
         )
 
     def _announce(self, facts: ModelFacts) -> None:

@@ -1,0 +1,116 @@
+"""The broker's messages as our scripts handle them, in kombu's own layout."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from jobs.keys import Keys
+from jobs.model import JobId, LeaseToken, WorkerId, new_job_id
+from jobs.queue import CeleryPublisher, create_celery
+from jobs.redis_connection import connect, connect_async
+from jobs.redis_store import RedisAttemptStore, RedisSubmissionStore
+from jobs.settings import JobsSettings
+from jobs.store import SettleOutcome
+from tests.support.job_factory import NOW, completed, new_job
+from tests.support.valkey import valkey_server
+from workers.channel import MessageTaker
+
+FIRST, SECOND = "model.interactive", "model.batch"
+
+
+@dataclass
+class Broker:
+    settings: JobsSettings
+    client: Any
+
+    def __post_init__(self) -> None:
+        self.keys = Keys(self.settings.key_prefix)
+        self._publisher = CeleryPublisher(create_celery(self.settings))
+        self._taker = MessageTaker(self.client, self.keys)
+
+    def publish(self, queue: str, count: int) -> list[JobId]:
+        ids = [new_job_id() for _ in range(count)]
+        for id in ids:
+            self._publisher.publish(id, queue, enqueued_at_ns=1)
+        return ids
+
+    def take(self, *, max_more: int) -> list[str]:
+        """Pop one message of FIRST as kombu does, and more with it; the job ids, in the order of delivery."""
+        raw = self.client.rpop(self.keys.broker_queue(FIRST)[0])
+        message = json.loads(raw)
+        tag = message["properties"]["delivery_tag"]
+        more = self._taker.take(tag, json.dumps([message, "", FIRST]), [SECOND, FIRST], max_more=max_more)
+        return [message["headers"]["id"], *(json.loads(body)["headers"]["id"] for _, body in more)]
+
+    def held(self) -> dict[str, list[Any]]:
+        """By delivery tag: message, exchange and routing key, from which kombu restores."""
+        entries = self.client.hgetall(self.keys.broker_unacked)
+        assert set(entries) == set(self.client.zrange(self.keys.broker_unacked_index, 0, -1))
+        return {tag: json.loads(entry) for tag, entry in entries.items()}
+
+    def num_queued(self, queue: str) -> int:
+        return int(self.client.llen(self.keys.broker_queue(queue)[0]))
+
+
+@pytest.fixture
+def broker() -> Iterator[Broker]:
+    with valkey_server() as url:
+        settings = JobsSettings(redis_url=url)
+        yield Broker(settings, connect(settings))
+
+
+def test_taken_messages_are_held_in_kombus_layout_when_more_are_taken_than_were_popped(
+    broker: Broker,
+) -> None:
+    ids = broker.publish(FIRST, 4)
+
+    taken = broker.take(max_more=2)
+
+    assert taken == ids[:3]
+    assert broker.num_queued(FIRST) == 1
+    held = broker.held()
+    assert {message["headers"]["id"] for message, _, _ in held.values()} == set(taken)
+    for tag, (message, exchange, routing_key) in held.items():
+        info = message["properties"]["delivery_info"]
+        assert (tag, routing_key) == (message["properties"]["delivery_tag"], FIRST)
+        assert exchange in ("", info["exchange"])
+
+
+def test_queues_take_turns_when_more_is_taken(broker: Broker) -> None:
+    first, second = broker.publish(FIRST, 3), broker.publish(SECOND, 3)
+
+    assert broker.take(max_more=3) == [first[0], second[0], first[1], second[1]]
+
+
+def test_nothing_more_is_taken_when_there_is_no_room(broker: Broker) -> None:
+    ids = broker.publish(FIRST, 2)
+
+    assert broker.take(max_more=0) == ids[:1]
+    assert broker.num_queued(FIRST) == 1
+
+
+def test_settling_removes_the_message_when_it_decides_and_leaves_it_when_refused(broker: Broker) -> None:
+    store, job = RedisAttemptStore(broker.client, broker.settings), new_job(queue=FIRST)
+
+    async def create() -> None:
+        client = connect_async(broker.settings)
+        await RedisSubmissionStore(client, broker.settings).create(job, max_open=10)
+        await client.aclose()
+
+    asyncio.run(create())
+    token = LeaseToken("ours")
+    store.claim(job.id, token, WorkerId("w"), now=NOW, lease_seconds=9)
+    broker.publish(FIRST, 1)
+    broker.take(max_more=0)
+    (tag,) = broker.held()
+
+    refused = store.settle(job.id, LeaseToken("another's"), completed(), now=NOW, message_tag=tag)
+    assert (refused, list(broker.held())) == (SettleOutcome.LOST, [tag])
+    settled = store.settle(job.id, token, completed(), now=NOW, message_tag=tag)
+    assert (settled, broker.held()) == (SettleOutcome.SETTLED, {})
