@@ -1,6 +1,10 @@
 // All kernels for one instruction level: compiled once for each, with THROUGHLINE_LEVEL naming it and the
 // compiler told of its instructions. Everything is in an unnamed namespace, so that no level's code can stand
 // in for another's.
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "kernels.h"
 
 namespace throughline {

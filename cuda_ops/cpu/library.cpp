@@ -152,7 +152,10 @@ void paged_attention_decode(Tensor out, Tensor query, Tensor key_cache, Tensor v
   run(level_in_use->kernels->decode, type, arguments, items, items * cache.head_dim * max_context_len);
 }
 
-// A tile's rows are tokens times heads that share a key head; 32 rows use the arithmetic well.
+// A tile's rows are tokens times heads that share a key head. Many rows spread the cost of widening keys and values;
+// in a short context they would waste more on what causality hides.
+int64_t tile_tokens(int64_t context, int64_t group) { return std::max<int64_t>(1, (context > 1024 ? 64 : 32) / group); }
+
 std::vector<QueryTile> tiles_of(const Tensor& query_start, const Tensor& context_lens, int64_t num_rows, int64_t group) {
   const char* op = "paged_attention_prefill";
   check_type(op, "query_start", query_start, ScalarType::Int);
@@ -160,12 +163,12 @@ std::vector<QueryTile> tiles_of(const Tensor& query_start, const Tensor& context
   check_shape(op, "query_start", query_start, {context_lens.size(0) + 1});
   const auto* starts = static_cast<const int32_t*>(query_start.data_ptr());
   const auto* lens = static_cast<const int32_t*>(context_lens.data_ptr());
-  const int64_t tokens = std::max<int64_t>(1, 32 / group);
   std::vector<QueryTile> tiles;
   for (int64_t sequence = 0; sequence < context_lens.size(0); ++sequence) {
     const int64_t begin = starts[sequence], end = starts[sequence + 1];
     STD_TORCH_CHECK(0 <= begin && begin <= end && end <= num_rows, op, ": query_start does not fit query");
     STD_TORCH_CHECK(end - begin <= lens[sequence], op, ": a sequence has more queries than context");
+    const int64_t tokens = tile_tokens(lens[sequence], group);
     for (int64_t row = begin; row < end; row += tokens)
       tiles.push_back({sequence, row, std::min(tokens, end - row), lens[sequence] - (end - row)});
   }
