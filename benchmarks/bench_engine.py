@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from cuda_ops.native import KernelChoice, use_kernels
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.sampling import SamplingParams
@@ -147,18 +148,24 @@ def _contestants(arguments: argparse.Namespace) -> dict[str, Contestant]:
             num_threads=arguments.threads,
             max_num_sequences=arguments.max_num_sequences,
             max_num_batched_tokens=arguments.max_num_batched_tokens,
+            # The rounds' prompts are the same: remembered ones would cost nothing from the second round on.
+            keeps_prefixes=False,
         )
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(
         arguments.model, dtype=getattr(torch, arguments.dtype)
     ).eval()
-    contestants: dict[str, Contestant] = {"engine": lambda requests: run_engine(engine, requests)}
+    contestants: dict[str, Contestant] = {
+        "engine": lambda requests: run_engine(engine, requests, "auto"),
+        "engine, plain-torch ops": lambda requests: run_engine(engine, requests, "reference"),
+    }
     for batch_size in arguments.batch_sizes:
         contestants[f"transformers, batches of {batch_size}"] = _padded(model, batch_size)
     return contestants
 
 
-def run_engine(engine: Engine, requests: list[BenchRequest]) -> list[list[int]]:
+def run_engine(engine: Engine, requests: list[BenchRequest], kernels: KernelChoice) -> list[list[int]]:
+    use_kernels(kernels)
     outputs: dict[str, list[int]] = {}
     for request in requests:
         params = SamplingParams(max_tokens=request.max_new_tokens, temperature=0.0, ignore_eos=True)
@@ -221,7 +228,7 @@ def _print(timings: dict[str, list[Timing]], num_tokens: int, arguments: argpars
 
 def _table(measure_name: str, rates: dict[str, list[float]]) -> Table:
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    best_peer = max(median for name, median in medians.items() if name != "engine")
+    best_peer = max(median for name, median in medians.items() if not name.startswith("engine"))
     table = Table("contestant", measure_name, "slowest", "fastest", "ratio to best transformers")
     for name, values in rates.items():
         cells = (medians[name], min(values), max(values))
