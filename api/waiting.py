@@ -25,6 +25,8 @@ RECHECK_SECONDS = 30.0
 FIRST_PAUSE_SECONDS = 0.05
 LONGEST_PAUSE_SECONDS = 1.0
 RECHECKS_AT_ONCE = 32
+SUBMIT_SECONDS = 30.0
+"""A job expected for longer and unknown to the store is gone; before, it may not be stored yet."""
 
 _logger = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class ReplyReader:
         self._store = store
         self._stream = stream if stream is not None else store
         self._waiters: dict[JobId, set[Ending]] = {}
+        self._expected_at: dict[JobId, float] = {}
 
     @property
     def num_waiters(self) -> int:
@@ -91,6 +94,7 @@ class ReplyReader:
         """An ending for a job that is about to be created with this replica as its watcher."""
         ending: Ending = asyncio.get_running_loop().create_future()
         self._waiters.setdefault(id, set()).add(ending)
+        self._expected_at.setdefault(id, self._now())
         try:
             yield ending
         finally:
@@ -98,6 +102,7 @@ class ReplyReader:
             endings.discard(ending)
             if not endings:
                 self._waiters.pop(id, None)
+                self._expected_at.pop(id, None)
 
     async def wait(
         self, id: JobId, seconds: float, *, client_gone: asyncio.Future[None] | None = None
@@ -116,8 +121,11 @@ class ReplyReader:
             some = ids[start : start + RECHECKS_AT_ONCE]
             states = await asyncio.gather(*(self._store.watch(id, self.replica) for id in some))
             for id, state in zip(some, states, strict=True):
-                if state is None or state.is_final:
+                if self._is_gone(id) if state is None else state.is_final:
                     self._end(id)
+
+    def _is_gone(self, id: JobId) -> bool:
+        return self._now() - self._expected_at.get(id, self._now()) > SUBMIT_SECONDS
 
     def _end(self, id: JobId) -> None:
         for ending in self._waiters.get(id, ()):

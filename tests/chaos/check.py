@@ -7,7 +7,7 @@ import re
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ ALWAYS_THERE = frozenset({"queues", "models", "tokenizer", "beats", "celery"})
 WOUND_SECONDS = 20.0
 """How long after a blow its traces may show it: a lease, a sweep, a restart."""
 BLOWS_THAT_LOSE_SPANS = frozenset({Kind.WORKER_KILL, Kind.API_KILL, Kind.WORKER_PAUSE, Kind.NET_HALF_OPEN})
+UNNAMED_WAIT = "queue, process and wait add up"
+"""The rule that a Redis which stands still breaks without losing a span."""
 
 
 def read_jobs(rig: Rig) -> dict[str, Job]:
@@ -135,8 +137,10 @@ def traces(
         if (breach := _breach(trace, known, failed_job_ids)) is None:
             has_lost = any(span.name.startswith("lost ") for span in trace)
             counts["whole, with a marked lost attempt" if has_lost else "whole"] += 1
-        elif _is_wounded(trace, strikes):
+        elif _is_wounded(trace, strikes, BLOWS_THAT_LOSE_SPANS):
             counts["torn by a kill"] += 1
+        elif UNNAMED_WAIT in breach and _is_wounded(trace, strikes, frozenset(Kind)):
+            counts["whole, with a wait that a fault made"] += 1
         else:
             counts["broken without a cause"] += 1
             breaches.append(breach)
@@ -154,12 +158,11 @@ def _breach(trace: list[SpanRecord], known: list[str], failed_job_ids: set[str])
     return None
 
 
-def _is_wounded(trace: list[SpanRecord], strikes: Sequence[Strike]) -> bool:
+def _is_wounded(trace: list[SpanRecord], strikes: Sequence[Strike], kinds: Collection[Kind]) -> bool:
     begin = min(span.start_ns for span in trace) / 1e9
     end = max(span.end_ns for span in trace) / 1e9
     return any(
-        strike.fault.kind in BLOWS_THAT_LOSE_SPANS and begin - WOUND_SECONDS <= strike.at <= end + 1.0
-        for strike in strikes
+        strike.fault.kind in kinds and begin - WOUND_SECONDS <= strike.at <= end + 1.0 for strike in strikes
     )
 
 

@@ -147,6 +147,39 @@ async def test_nobody_is_lost_when_jobs_end_and_the_stream_is_lost_during_a_cut(
         assert await asyncio.gather(*waits) == [WaitOutcome.ENDED] * 50
 
 
+async def test_job_that_is_just_being_stored_during_a_cut_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its client was told 503 job_lost, and the job ran for nobody."""
+    monkeypatch.setattr(waiting, "FIRST_PAUSE_SECONDS", 0.001)
+    store, job = CutStore(), new_job(watcher=REPLICA)
+    store.is_cut = True
+    async with _running(store) as reader, asyncio.timeout(10):
+        with reader.expect(job.id) as ending:
+            await _until_read(store, 1)
+            store.is_cut = False
+            await _until_read(store, store.num_reads + 2)
+
+            assert not ending.done()
+            await store.create(job, max_open=10)
+            store.end(job.id)
+            assert await wait_for(ending, 5) is WaitOutcome.ENDED
+
+
+async def test_job_that_the_store_lost_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "SUBMIT_SECONDS", 0.0)
+    monkeypatch.setattr(waiting, "RECHECK_SECONDS", 0.0)
+    store = CutStore()
+    async with _running(store) as reader:
+        with reader.expect(new_job().id) as ending:
+            assert await wait_for(ending, 5) is WaitOutcome.ENDED
+
+
+async def _until_read(store: CutStore, num_reads: int) -> None:
+    while store.num_reads < num_reads:
+        await asyncio.sleep(0.001)
+
+
 async def test_reader_without_waiters_tells_of_a_long_cut_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
