@@ -17,6 +17,8 @@ from tests.support.processes import wait_until
 from tests.support.queue_lab import MODEL, ROOT, queue_lab
 from tests.support.stack import RunningStack
 
+pytestmark = pytest.mark.slow
+
 
 def test_job_stored_by_an_api_that_died_before_publishing_is_run(tmp_path: Path) -> None:
     """Its client was told nothing; the reconciler finds the job in the ledger and publishes it."""

@@ -12,6 +12,8 @@ from jobs.states import JobState
 from tests.support.model_folders import make_model_folder
 from tests.support.queue_lab import ROOT, QueueLab, WorkerProcess, queue_lab
 
+pytestmark = pytest.mark.slow
+
 POISON_TOKEN = 211
 NUM_INNOCENT = 20
 MAX_ATTEMPTS = 1

@@ -16,6 +16,8 @@ from tests.support.model_folders import make_model_folder
 from tests.support.processes import wait_until
 from tests.support.queue_lab import MODEL, QueueLab, WorkerProcess, queue_lab
 
+pytestmark = pytest.mark.slow
+
 AT_ONCE_SECONDS = 3.0
 """A refusal that a client waits for longer is no refusal; measured 0.1 to 0.3 s."""
 LEASE_SECONDS = 3.0
