@@ -6,7 +6,7 @@ development). The Python constants for GenAI are frozen at an older set, so the 
 convention covers lies under `job.` (what a client can look up by) and `throughline.` (what only this system
 knows).
 
-`ATTRIBUTES` and `SPANS` are the same facts as data: `README.md` shows them, a test holds the two together,
+`ATTRIBUTES` and `SPANS` are the same facts as data: `SPANS.md` shows them, a test holds the two together,
 and the trace tests refuse any emitted key, type or kind that is not in them.
 """
 

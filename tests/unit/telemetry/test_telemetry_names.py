@@ -7,12 +7,12 @@ import pytest
 
 from telemetry import names
 
-README = Path(names.__file__).with_name("README.md")
+TABLES = Path(names.__file__).with_name("SPANS.md")
 
 
 def rows(heading: str) -> list[list[str]]:
     """The cells of the first table below a heading, without its two head lines."""
-    section = README.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    section = TABLES.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
@@ -21,7 +21,7 @@ def keys(cell: str) -> tuple[str, ...]:
     return tuple(re.findall(r"`([^`]+)`", cell))
 
 
-def test_readme_lists_the_spans_that_the_code_names() -> None:
+def test_page_lists_the_spans_that_the_code_names() -> None:
     told = [
         names.SpanShape(keys(name)[0], tuple(kinds.split(", ")), made_by, keys(always), keys(sometimes))  # type: ignore[arg-type]  # read from text
         for name, kinds, made_by, always, sometimes in rows("Spans")
@@ -30,7 +30,7 @@ def test_readme_lists_the_spans_that_the_code_names() -> None:
     assert tuple(told) == names.SPANS
 
 
-def test_readme_lists_the_attributes_that_the_code_names() -> None:
+def test_page_lists_the_attributes_that_the_code_names() -> None:
     told = {
         names.Attribute(key, value_type, names.Source(source))  # type: ignore[arg-type]  # read from text
         for source, value_type, listed in rows("Attributes")
