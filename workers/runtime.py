@@ -69,11 +69,13 @@ class GenerationTable:
         self._lock = threading.Lock()
         self._generations: dict[str, Generation] = {}
         self._outputs: dict[str, RequestOutput] = {}
+        self._num_missing: dict[Future[tuple[RequestOutput, ...]], int] = {}
 
     def add(self, requests: tuple[EngineRequest, ...], traced: Mapping[str, TracedRequest]) -> Generation:
         generation = Generation(tuple(request.id for request in requests), Future(), traced)
         with self._lock:
             self._generations.update(dict.fromkeys(generation.request_ids, generation))
+            self._num_missing[generation.future] = len(requests)
         return generation
 
     def take(self, output: RequestOutput) -> None:
@@ -82,8 +84,10 @@ class GenerationTable:
             generation = self._generations.get(output.request_id)
             if generation is None:
                 return
+            # Counted, not looked for: a job may have ten thousand prompts.
+            self._num_missing[generation.future] -= output.request_id not in self._outputs
             self._outputs[output.request_id] = output
-            if not all(id in self._outputs for id in generation.request_ids):
+            if self._num_missing[generation.future]:
                 return
             outputs = tuple(self._outputs[id] for id in generation.request_ids)
             self._drop(generation)
@@ -107,6 +111,7 @@ class GenerationTable:
             generations = {g.request_ids: g for g in self._generations.values()}.values()
             self._generations.clear()
             self._outputs.clear()
+            self._num_missing.clear()
         for generation in generations:
             _fail(generation.future, error)
 
@@ -118,6 +123,7 @@ class GenerationTable:
         return len(self._generations)
 
     def _drop(self, generation: Generation) -> None:
+        self._num_missing.pop(generation.future, None)
         for id in generation.request_ids:
             self._generations.pop(id, None)
             self._outputs.pop(id, None)
