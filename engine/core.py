@@ -206,7 +206,8 @@ class Engine:
     def _begin(self, request: Request, prompt_text: str | None) -> RequestProgress:
         arrived_at = self._clock()
         texts, ends = self.model_info.tokenizer, frozenset(self.model_info.eos_token_ids)
-        if request.params.use_beam_search:
+        # Where nothing is generated there is nothing to search.
+        if request.params.use_beam_search and request.params.max_tokens > 0:
             return BeamProgress(request, texts, ends, prompt_text=prompt_text, arrived_at=arrived_at)
         structure = request.params.structured_outputs
         guide = None if structure is None else self._grammars.guide(structure)

@@ -257,7 +257,7 @@ class SampledProgress(RequestProgress):
         return guide.is_over
 
     def _delta(self, index: int, token_ids: tuple[int, ...], text: str) -> TokenDelta | None:
-        if self.params.width > self.params.n:
+        if self.params.width > self.params.n or self.params.use_beam_search:
             return None
         return TokenDelta(self.request.request_id, index, token_ids, text)
 

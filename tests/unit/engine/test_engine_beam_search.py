@@ -128,3 +128,15 @@ def test_beam_search_reports_its_live_beams_when_aborted(opt_folder: Path) -> No
 
     assert [completion.finish_reason for completion in output.completions] == ["abort"] * 4
     assert [len(completion.token_ids) for completion in output.completions] == [3] * 4
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_beam_search_generates_nothing_when_max_tokens_is_zero(opt_folder: Path, n: int) -> None:
+    params = replace(BEAM, n=n, best_of=4, max_tokens=0, echo=True, logprobs=1)
+
+    run = generate(make_engine(opt_folder), {"r": (random_prompt(6), params)})
+
+    assert run.tokens("r") == [()] * n
+    assert run.outputs["r"].usage.completion_tokens == 0
+    assert [completion.finish_reason for completion in run.outputs["r"].completions] == ["length"] * n
+    assert not run.texts
