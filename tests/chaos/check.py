@@ -27,8 +27,8 @@ ALWAYS_THERE = frozenset({"queues", "models", "tokenizer", "beats", "celery"})
 WOUND_SECONDS = 20.0
 """How long after a blow its traces may show it: a lease, a sweep, a restart."""
 BLOWS_THAT_LOSE_SPANS = frozenset({Kind.WORKER_KILL, Kind.API_KILL, Kind.WORKER_PAUSE, Kind.NET_HALF_OPEN})
-UNNAMED_WAIT = "queue, process and wait add up"
-"""The rule that a Redis which stands still breaks without losing a span."""
+UNNAMED_WAITS = ("queue, process and wait add up", "all time has a name")
+"""The rules that a Redis which stands still breaks without losing a span."""
 
 
 def read_jobs(rig: Rig) -> dict[str, Job]:
@@ -139,7 +139,7 @@ def traces(
             counts["whole, with a marked lost attempt" if has_lost else "whole"] += 1
         elif _is_wounded(trace, strikes, BLOWS_THAT_LOSE_SPANS):
             counts["torn by a kill"] += 1
-        elif UNNAMED_WAIT in breach and _is_wounded(trace, strikes, frozenset(Kind)):
+        elif any(rule in breach for rule in UNNAMED_WAITS) and _is_wounded(trace, strikes, frozenset(Kind)):
             counts["whole, with a wait that a fault made"] += 1
         else:
             counts["broken without a cause"] += 1

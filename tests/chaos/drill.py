@@ -75,7 +75,7 @@ class Outcome:
             ("to the first redelivery, max", f"{seconds[-1]:.1f} s" if seconds else "-"),
             *((f"traces, {kind}", count) for kind, count in sorted(self.traces.items())),
             *((f"refused or cut, {why}", count) for why, count in self.log.refusals.most_common()),
-            ("slowest 503", f"{self.log.slowest_refusal_seconds:.1f} s"),
+            ("slowest 503 store_unavailable", f"{self.log.slowest_refusal_seconds:.1f} s"),
             ("load", f"{self.load_seconds:.0f} s"),
             ("until all was settled", f"{self.settle_seconds:.1f} s"),
             *((f"fault, {kind}", count) for kind, count in sorted(self.strikes.items())),

@@ -83,11 +83,11 @@ class Log:
     refusals: Counter[str] = field(default_factory=Counter)
     """By status and code, or by the kind of a broken connection."""
     slowest_refusal_seconds: float = 0.0
-    """Of the 503s."""
+    """Of those that blame the store; `stopping` comes when a wait is cut short."""
 
     def refuse(self, why: str, seconds: float) -> None:
         self.refusals[why] += 1
-        if why.startswith("503"):
+        if why == "503 store_unavailable":
             self.slowest_refusal_seconds = max(self.slowest_refusal_seconds, seconds)
 
 
