@@ -166,9 +166,15 @@ class MemoryStore:
             if (ended := self._refuse_or_end(record, token, now)) is not None:
                 if ended is ClaimOutcome.HELD:
                     return Claim(ended)
-                if ended is ClaimOutcome.FINAL:
-                    return to_refusal(ended, record["attempts"], "", record["state"])
-                return to_refusal(ended, record["attempts"], lost_since)
+                is_final = ended is ClaimOutcome.FINAL
+                return to_refusal(
+                    ended,
+                    record["attempts"],
+                    "" if is_final else lost_since,
+                    record["state"] if is_final else "",
+                    record.get("released_at", ""),
+                    "1" if _ended_in_queue(record) else "",
+                )
             if record.get("lease_token") != token:
                 record.update(
                     attempts=str(int(record["attempts"]) + 1),
@@ -348,6 +354,11 @@ class MemoryStore:
     def _read(self, stream: str, after: str) -> list[tuple[int, JobId, str]]:
         with self._lock:
             return [entry for entry in self._streams.get(stream, []) if entry[0] > int(after)]
+
+
+def _ended_in_queue(record: dict[str, str]) -> bool:
+    claimed_at, released_at = record.get("in_progress_at", ""), record.get("released_at", "")
+    return not claimed_at or (bool(released_at) and float(released_at) >= float(claimed_at))
 
 
 def _num_forgiven(record: dict[str, str]) -> int:

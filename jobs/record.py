@@ -118,12 +118,21 @@ def to_claim(
     )
 
 
-def to_refusal(outcome: str, attempts: str = "0", lost_since: str = "", state: str = "") -> Claim:
+def to_refusal(
+    outcome: str,
+    attempts: str = "0",
+    lost_since: str = "",
+    state: str = "",
+    released_at: str = "",
+    in_queue: str = "",
+) -> Claim:
     """A claim that was not given, or that ended the job."""
     return Claim(
         ClaimOutcome(outcome),
         lost=_lost_attempt(int(attempts), lost_since),
+        released_at=float(released_at) if released_at else None,
         ended_as=JobState(state) if state else None,
+        ended_in_queue=bool(in_queue),
     )
 
 

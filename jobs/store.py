@@ -139,11 +139,13 @@ class Claim:
     lost: LostAttempt | None = None
     """The attempt before, if its lease ran out. Set when claimed, cancelled, expired or exhausted."""
     released_at: float | None = None
-    """When an attempt last gave the job back, and its wait began anew. Unix seconds."""
+    """When an attempt last gave the job back, and its wait began anew. Unix seconds. As `lost`, or final."""
     forgiven: int = 0
     """Attempts before this one that ended with their engine or worker, others being in it: not counted."""
     ended_as: JobState | None = None
     """Set when the job was final already."""
+    ended_in_queue: bool = False
+    """It ended, or was ended by this claim, while it waited; not while an attempt was at it."""
 
 
 class SettleOutcome(StrEnum):

@@ -105,6 +105,9 @@ class AttemptObserver:
 
     def dropped(self, delivery: Delivery, claim: Claim, received_at_ns: int) -> None:
         self._lost(delivery, claim, received_at_ns)
+        if claim.ended_in_queue:  # its wait is all that there was of it
+            above = otel_context.get_current() if self.uses_links_only else delivery.creation
+            self._waited(above, delivery, claim, received_at_ns)
         self.metrics.dropped(delivery, claim)
         outcome = claim.outcome
         state = claim.ended_as or _DROPPED_AS.get(outcome)

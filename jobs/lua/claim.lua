@@ -4,9 +4,10 @@
 --         traceparent of this attempt ('' for none), the most attempts that may be forgiven
 -- Returns {'claimed', attempts, request, queued_at, expires_at, traceparent, previous_traceparent, lost_since,
 --          released_at, forgiven}
---       | {'missing'} | {'held'} | {'final', attempts, '', state}
---       | {'cancelled' | 'expired' | 'exhausted', attempts, lost_since}
+--       | {'missing'} | {'held'} | {'final', attempts, '', state, released_at, in_queue}
+--       | {'cancelled' | 'expired' | 'exhausted', attempts, lost_since, '', released_at, in_queue}
 -- lost_since is when the attempt before began, if it ended without a word: its lease ran out. Else ''.
+-- in_queue is '1' for a job that ended while it waited in its queue, '' for one that was at work.
 local prefix, id, token, worker, now = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local job = KEYS[1]
 local state = field(job, 'state')
@@ -17,8 +18,14 @@ local function claimed()
           field(job, 'lost_since'), field(job, 'released_at'), field(job, 'forgiven')}
 end
 
+local function ended(outcome, lost_since, final_state)
+  local released_at, claimed_at = field(job, 'released_at'), field(job, 'in_progress_at')
+  local in_queue = claimed_at == '' or released_at ~= '' and tonumber(released_at) >= tonumber(claimed_at)
+  return {outcome, field(job, 'attempts'), lost_since, final_state, released_at, in_queue and '1' or ''}
+end
+
 if state == '' then return {'missing'} end
-if FINAL[state] then return {'final', field(job, 'attempts'), '', state} end
+if FINAL[state] then return ended('final', '', state) end
 if state ~= 'queued' then
   if field(job, 'lease_token') == token then return claimed() end
   if tonumber(field(job, 'lease_expires_at')) > tonumber(now) then return {'held'} end
@@ -27,20 +34,20 @@ local attempts = field(job, 'attempts')
 local lost_since = state == 'queued' and '' or field(job, 'in_progress_at')
 if state == 'cancelling' then
   finish(prefix, job, id, 'cancelled', now, ARGV[7])
-  return {'cancelled', attempts, lost_since}
+  return ended('cancelled', lost_since, '')
 end
 -- An attempt that vanished while others were in its engine proves nothing against the job.
 if lost_since ~= '' and field(job, 'alone') == '' then forgive(job, ARGV[10]) end
 local expires_at = tonumber(field(job, 'expires_at'))
 if expires_at and expires_at <= tonumber(now) then
   finish(prefix, job, id, 'expired', now, ARGV[7])
-  return {'expired', attempts, lost_since}
+  return ended('expired', lost_since, '')
 end
 if tonumber(attempts) - forgiven(job) >= tonumber(field(job, 'max_attempts')) then
   -- A worker that vanished left no failure of its own; one that reported did, at its release.
   if field(job, 'failure') == '' then redis.call('HSET', job, 'failure', ARGV[8]) end
   finish(prefix, job, id, 'failed', now, ARGV[7])
-  return {'exhausted', attempts, lost_since}
+  return ended('exhausted', lost_since, '')
 end
 redis.call('HINCRBY', job, 'attempts', 1)
 -- Kept, not only returned: a claim that is repeated must say the same again.

@@ -162,7 +162,8 @@ def test_job_cancelled_in_its_queue_leaves_a_mark_and_no_error(traced: Traced) -
 
     below = """
   process throughline-tiny.batch CONSUMER worker cancelled -> send
-   claim INTERNAL worker"""
+   claim INTERNAL worker
+  queue throughline-tiny.batch INTERNAL worker"""
     assert cancel.json()["status"] == "cancelled"
     traced.check(reply, HEAD + below + TAIL, cancel)
 
@@ -186,7 +187,8 @@ def test_job_that_expires_in_its_queue_leaves_a_mark_and_no_error(traced: Traced
 
     below = """
   process throughline-tiny.batch CONSUMER worker expired -> send
-   claim INTERNAL worker"""
+   claim INTERNAL worker
+  queue throughline-tiny.batch INTERNAL worker"""
     traced.check(reply, HEAD + below + TAIL)
 
 

@@ -73,7 +73,8 @@ def test_job_cancelled_in_its_queue_leaves_a_mark_in_a_trace_of_its_own(traced: 
 
     below = """
 process throughline-tiny.batch CONSUMER worker cancelled -> send
- claim INTERNAL worker"""
+ claim INTERNAL worker
+ queue throughline-tiny.batch INTERNAL worker"""
     traced.check(reply, REQUEST + below, cancel)
 
 
@@ -105,6 +106,7 @@ def test_attempts_are_traces_in_a_row_when_the_engine_is_killed(traced: Traced) 
 process throughline-tiny.batch CONSUMER worker 1 queued ERROR engine_crashed -> send
  claim INTERNAL worker
  engine.interrupted INTERNAL worker
+ give back INTERNAL worker
  queue throughline-tiny.batch INTERNAL worker
 process throughline-tiny.batch CONSUMER worker 2 completed -> send, process 1
  claim INTERNAL worker

@@ -382,6 +382,22 @@ async def test_cancel_of_a_queued_job_is_final_at_once(stores: Stores) -> None:
     assert (taken.outcome, taken.ended_as) == (ClaimOutcome.FINAL, JobState.CANCELLED)
 
 
+async def test_refused_claim_tells_whether_the_job_ended_in_its_queue_and_since_when_it_waited(
+    stores: Stores,
+) -> None:
+    waiting, expired, given_back, running = [await submit(stores, expires_at=NOW + 9) for _ in range(4)]
+    await stores.api.cancel(waiting, now=NOW + 1)
+    stores.worker.release(given_back, claim(stores, given_back), now=NOW + 2)
+    await stores.api.cancel(given_back, now=NOW + 3)
+    stores.worker.settle(running, claim(stores, running), completed(), now=NOW + 4)
+
+    ids = (waiting, expired, given_back, running)
+    taken = [claim_as(stores, id, now=NOW + 20, traceparent="")[1] for id in ids]
+
+    assert [claim.ended_in_queue for claim in taken] == [True, True, True, False]
+    assert [claim.released_at for claim in taken] == [None, None, NOW + 2, None]
+
+
 async def test_cancel_of_a_running_job_reaches_its_worker_and_wins_over_the_result(stores: Stores) -> None:
     id = await submit(stores)
     token = claim(stores, id)

@@ -105,7 +105,7 @@ class Traced:
         id, wanted = reply.headers["X-Job-Id"], self.tree_of(wanted.strip())
         self.receiver.wait_for(lambda _: drawn(self.receiver.of_job(id)) == wanted, timeout_seconds=20)
         spans = self.receiver.of_job(id)
-        assert drawn(spans) == wanted
+        assert drawn(spans) == wanted, f"drawn:\n{drawn(spans)}\n\nwanted:\n{wanted}"
         assert reply.headers["X-Trace-Id"] in {span.trace_id for span in spans}
         for other in also:
             (poll,) = self.trace(other.headers["X-Trace-Id"], 1)
