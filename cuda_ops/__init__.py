@@ -7,6 +7,7 @@ from cuda_ops.attention import paged_attention_decode, paged_attention_prefill
 from cuda_ops.kv_cache import write_kv
 from cuda_ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from cuda_ops.rotary import rotary_embedding
+from cuda_ops.sampling import softmax_at
 
 __all__ = [
     "add_layer_norm",
@@ -17,5 +18,6 @@ __all__ = [
     "rms_norm",
     "rotary_embedding",
     "silu_and_mul",
+    "softmax_at",
     "write_kv",
 ]

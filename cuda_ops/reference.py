@@ -121,6 +121,12 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return (F.silu(gate.float()) * up).to(x.dtype)
 
 
+def softmax_at(logits: Tensor, temperatures: Tensor) -> Tensor:
+    wide = logits.float()
+    # The maximum moves to 0 first, so that no quotient overflows.
+    return torch.softmax((wide - wide.amax(dim=-1, keepdim=True)) / temperatures.unsqueeze(1), dim=-1)
+
+
 def _pages(tables: Tensor, num_kv_heads: int) -> Tensor:
     """Name the (block, head) pairs of each sequence: `[num_sequences, num_kv_heads, num_blocks]`."""
     heads = torch.arange(num_kv_heads, device=tables.device, dtype=tables.dtype)

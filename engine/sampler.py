@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import cuda_ops
 from engine.sampling import SamplingParams, uniform_draw
 from engine.sequence import Sequence, TokenLogprob
 
@@ -121,10 +122,10 @@ def _choose(logits: Tensor, rows: SequenceOf[SamplerRow]) -> list[int]:
     chosen = _argmax(logits) if len(drawn) < len(rows) else [0] * len(rows)
     truncated = [index for index in drawn if _truncates(rows[index].params)]
     untruncated = [index for index in drawn if not _truncates(rows[index].params)]
-    for group, draw_from in ((untruncated, _draw_from_all), (truncated, _draw_from_nucleus)):
+    for group, draw_from in ((untruncated, _invert), (truncated, _draw_from_nucleus)):
         if group:
             group_rows = [rows[index] for index in group]
-            tokens = draw_from(_scaled(_select(logits, group), group_rows), group_rows)
+            tokens = draw_from(_probabilities(_select(logits, group), group_rows), group_rows)
             for index, token_id in zip(group, tokens, strict=True):
                 chosen[index] = token_id
     return chosen
@@ -139,22 +140,16 @@ def _truncates(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
 
 
-def _scaled(logits: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
-    """Divide by the temperature, after moving the maximum to 0 so that no quotient overflows."""
+def _probabilities(logits: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
     temperatures = _column([row.params.temperature for row in rows], logits)
-    return (logits - logits.amax(dim=-1, keepdim=True)) / temperatures
+    return cuda_ops.softmax_at(logits, temperatures.flatten())
 
 
-def _draw_from_all(scaled: Tensor, rows: SequenceOf[SamplerRow]) -> list[int]:
-    return _invert(torch.softmax(scaled, dim=-1), rows)
-
-
-def _draw_from_nucleus(scaled: Tensor, rows: SequenceOf[SamplerRow]) -> list[int]:
+def _draw_from_nucleus(probabilities: Tensor, rows: SequenceOf[SamplerRow]) -> list[int]:
     """Keep what min_p, then top_k, then top_p leave, and draw from that."""
-    probabilities = torch.softmax(scaled, dim=-1)
     sorted_probabilities, sorted_ids = _most_probable_enough(probabilities, rows)
     kept = sorted_probabilities * _is_kept(sorted_probabilities, rows)
-    places = torch.tensor(_invert(kept, rows), device=scaled.device)
+    places = torch.tensor(_invert(kept, rows), device=probabilities.device)
     token_ids: list[int] = sorted_ids.gather(1, places[:, None]).flatten().tolist()
     return token_ids
 

@@ -96,6 +96,14 @@ struct GateArguments {  // an item is a row
   int64_t size;
 };
 
+struct SoftmaxArguments {  // an item is a row
+  const void* logits;      // [rows, size]
+  int64_t row_stride;
+  const float* temperatures;  // [rows]
+  float* out;                 // [rows, size], contiguous
+  int64_t size;
+};
+
 template <class Arguments>
 using Kernel = void (*)(const Arguments&, int64_t begin, int64_t end);
 
@@ -113,6 +121,7 @@ struct Kernels {
   ByType<NormArguments> layer_norm;
   ByType<RotaryArguments> rotary;
   ByType<GateArguments> silu_and_mul;
+  ByType<SoftmaxArguments> softmax_at;
 };
 
 // One translation unit each, compiled for its instructions.

@@ -27,6 +27,7 @@ extern const Kernels kernels = {
     {layer_norm<float>, layer_norm<BFloat16>},
     {rotary<float>, rotary<BFloat16>},
     {silu_and_mul<float>, silu_and_mul<BFloat16>},
+    {softmax_at<float>, softmax_at<BFloat16>},
 };
 
 }  // namespace THROUGHLINE_LEVEL

@@ -299,6 +299,22 @@ Tensor silu_and_mul(Tensor given) {
   return out;
 }
 
+Tensor softmax_at(Tensor logits, Tensor temperatures) {
+  const char* op = "softmax_at";
+  const ScalarType type = type_of(op, logits);
+  STD_TORCH_CHECK(logits.dim() == 2, op, ": logits needs two axes");
+  STD_TORCH_CHECK(logits.stride(1) == 1 || logits.size(1) <= 1, op, ": rows of logits must be contiguous");
+  check_type(op, "temperatures", temperatures, ScalarType::Float);
+  check_shape(op, "temperatures", temperatures, {logits.size(0)});
+  check_contiguous(op, "temperatures", temperatures);
+  const Tensor out = torch::stable::new_empty(logits, logits.sizes(), ScalarType::Float);
+  const SoftmaxArguments arguments{logits.data_ptr(), logits.stride(0),
+                                   static_cast<const float*>(temperatures.data_ptr()),
+                                   static_cast<float*>(out.data_ptr()), logits.size(1)};
+  run(level_in_use->kernels->softmax_at, type, arguments, logits.size(0), logits.numel());
+  return out;
+}
+
 std::unique_ptr<torch::stable::detail::StableLibrary> registration;
 
 void register_ops() {
@@ -313,6 +329,7 @@ void register_ops() {
   registration->impl("add_layer_norm", TORCH_BOX(&add_layer_norm));
   registration->impl("rotary_embedding", TORCH_BOX(&rotary_embedding));
   registration->impl("silu_and_mul", TORCH_BOX(&silu_and_mul));
+  registration->impl("softmax_at", TORCH_BOX(&softmax_at));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What is done to rows one by one: writing the cache, norms, rotary embedding, gated activation.
+// What is done to rows one by one: writing the cache, norms, rotary embedding, gated activation, softmax.
 #pragma once
 
 template <class T>
@@ -159,5 +159,41 @@ void silu_and_mul(const GateArguments& a, int64_t begin, int64_t end) {
     for (; i + kLanes <= a.size; i += kLanes) store(out + i, silu(load(gate + i)) * load(up + i));
     const int64_t rest = a.size - i;
     if (rest) store_part(out + i, silu(load_part(gate + i, rest)) * load_part(up + i, rest), rest);
+  }
+}
+
+template <class T>
+INLINE float largest_of(const T* row, int64_t size) {
+  Floats top = splat(-__builtin_inff());
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) top = larger(load(row + i), top);
+  float largest = max_of_lanes(top);
+  for (; i < size; ++i) largest = widen(row[i]) > largest ? widen(row[i]) : largest;
+  return largest;
+}
+
+template <class T>
+void softmax_at(const SoftmaxArguments& a, int64_t begin, int64_t end) {
+  for (int64_t index = begin; index < end; ++index) {
+    const T* row = static_cast<const T*>(a.logits) + index * a.row_stride;
+    float* out = a.out + index * a.size;
+    const float largest = largest_of(row, a.size);
+    // Divided, not multiplied by an inverse: that of a tiny temperature is infinite.
+    const Floats top = splat(largest), temperature = splat(a.temperatures[index]);
+    Floats sums{};
+    int64_t i = 0;
+    for (; i + kLanes <= a.size; i += kLanes) {
+      const Floats weights = exponential((load(row + i) - top) / temperature);
+      store(out + i, weights);
+      sums += weights;
+    }
+    float sum = sum_of(sums);
+    for (; i < a.size; ++i) {
+      out[i] = exponential((widen(row[i]) - largest) / a.temperatures[index]);
+      sum += out[i];
+    }
+    const Floats total = splat(sum);
+    for (i = 0; i + kLanes <= a.size; i += kLanes) store(out + i, load(out + i) / total);
+    for (; i < a.size; ++i) out[i] /= sum;
   }
 }

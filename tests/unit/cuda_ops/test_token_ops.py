@@ -121,3 +121,34 @@ def test_silu_and_mul_equals_its_formula_on_strided_rows(size: int, dtype: torch
 def test_silu_and_mul_refuses_an_odd_width() -> None:
     with pytest.raises(OpInputError, match="must be even"):
         cuda_ops.silu_and_mul(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 7, 1003])
+def test_softmax_at_equals_its_formula_on_strided_rows(size: int, dtype: torch.dtype) -> None:
+    logits = make_rows(size, dtype)
+    logits[1, 0] = -torch.inf if size > 1 else 0.0
+    temperatures = torch.tensor([1.0, 0.3, 2.0, 0.7, 1.7])
+    exact = torch.softmax(logits.double() / temperatures.double().unsqueeze(1), dim=-1)
+
+    actual = cuda_ops.softmax_at(logits, temperatures)
+
+    # The exponent carries the rounding of the difference, which may be as large as the row is wide.
+    width = float((logits[0].max() - logits[0].min()).abs() + 20) / 0.3
+    assert actual.dtype is torch.float32
+    assert actual.is_contiguous()
+    assert ((actual.double() - exact).abs() <= exact * 8 * width * ROUNDOFF[torch.float32] + 1e-30).all()
+
+
+def test_softmax_at_puts_all_on_the_maximum_when_the_temperature_is_tiny() -> None:
+    logits = torch.randn(3, 100)
+
+    probabilities = cuda_ops.softmax_at(logits, torch.full((3,), 1e-30))
+
+    assert torch.equal(probabilities.argmax(dim=-1), logits.argmax(dim=-1))
+    assert torch.equal(probabilities.amax(dim=-1), torch.ones(3))
+
+
+def test_softmax_at_refuses_another_number_of_temperatures_than_rows() -> None:
+    with pytest.raises(OpInputError, match="one for each row"):
+        cuda_ops.softmax_at(torch.zeros(2, 3), torch.ones(3))
