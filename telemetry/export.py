@@ -16,8 +16,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+
+from telemetry.encode import encode
 
 _logger = logging.getLogger(__name__)
 
@@ -87,6 +91,13 @@ class SpanLedger:
                 self._num_accepted += num_spans
             else:
                 self._num_failed += num_spans
+
+
+class GrpcExporter(OTLPSpanExporter):
+    """The SDK's exporter with our encoder."""
+
+    def _translate_data(self, data: Sequence[ReadableSpan]) -> ExportTraceServiceRequest:
+        return encode(data)
 
 
 class CountedExporter(SpanExporter):

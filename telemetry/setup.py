@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 from opentelemetry import trace
-from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcSpanExporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpSpanExporter
 from opentelemetry.metrics import Meter, Observation
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
@@ -19,7 +18,7 @@ from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SpanExporter
 from opentelemetry.trace import Tracer
 
 from telemetry import metrics, names
-from telemetry.export import CountedSpanProcessor, SpanCounts, SpanLedger
+from telemetry.export import CountedSpanProcessor, GrpcExporter, SpanCounts, SpanLedger
 from telemetry.settings import Target, TelemetrySettings
 
 _logger = logging.getLogger(__name__)
@@ -206,6 +205,6 @@ def _exporters(settings: TelemetrySettings) -> dict[SpanExporter, SpanLedger]:
 def _otlp_exporter(target: Target, timeout_seconds: float) -> SpanExporter:
     match target.protocol:
         case "grpc":
-            return GrpcSpanExporter(target.url, insecure=target.is_plaintext, timeout=timeout_seconds)
+            return GrpcExporter(target.url, insecure=target.is_plaintext, timeout=timeout_seconds)
         case "http/protobuf":
             return HttpSpanExporter(target.url, timeout=timeout_seconds)
