@@ -2,49 +2,82 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.sampler import SampledToken, SamplerRow, most_probable, sample, score
 from engine.sampling import SamplingParams, uniform_draw
 from engine.sequence import Sequence
+from tests.unit.engine.engine_factory import generate, make_engine, random_prompt
 
 NUM_DRAWS = 20_000
 # False alarms once in a million runs; the seeds are fixed, so in fact never or always.
 SIGNIFICANCE = 1e-6
 
 
-def draw_many(logits: Tensor, params: SamplingParams) -> Counter[int]:
-    """Draw once for each of many seeds from one row of logits."""
-    rows = [SamplerRow(0, Sequence(0, [1, 2], 2), params, seed) for seed in range(NUM_DRAWS)]
+Probabilities = NDArray[np.float64]
+PROMPT, OUTPUT = [1, 2], [2, 4, 4, 7]
+
+
+def draw_many(logits: Tensor, params: SamplingParams, output: list[int]) -> Counter[int]:
+    """Draw once for each of many seeds from one row of logits, after `PROMPT` and this output."""
+    sequence = Sequence(0, [*PROMPT, *output], len(PROMPT))
+    rows = [SamplerRow(0, sequence, params, seed) for seed in range(NUM_DRAWS)]
     return Counter(token.token_id for token in sample(logits[None], rows))
 
 
-def expected_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
-    """The same distribution from its definition, one row, in float64."""
-    probabilities = torch.softmax(logits.double() / params.temperature, dim=-1)
+def expected_probabilities(
+    logits: Tensor, params: SamplingParams, prompt: list[int], output: list[int]
+) -> Probabilities:
+    """The same distribution from the definitions of its parameters, one row, in numpy's float64."""
+    row = _penalised(logits.double().numpy().copy(), params, prompt, output) / params.temperature
+    probabilities: Probabilities = np.exp(row - row.max())
+    probabilities /= probabilities.sum()
     probabilities[probabilities < params.min_p * probabilities.max()] = 0
-    order = probabilities.argsort(descending=True)
+    order = np.argsort(-probabilities)
     if params.top_k:
         probabilities[order[params.top_k :]] = 0
     probabilities /= probabilities.sum()
-    before = probabilities[order].cumsum(0) - probabilities[order]
+    before = probabilities[order].cumsum() - probabilities[order]
     if params.top_p < 1:
         probabilities[order[before >= params.top_p]] = 0
-    return probabilities / probabilities.sum()
+    probabilities /= probabilities.sum()
+    return probabilities
 
 
-def chi_square_p_value(counts: Counter[int], probabilities: Tensor) -> float:
-    likely = [token_id for token_id in range(len(probabilities)) if probabilities[token_id] * NUM_DRAWS >= 5]
-    rare_expected = NUM_DRAWS - sum(float(probabilities[token_id]) * NUM_DRAWS for token_id in likely)
-    pairs = [(counts[token_id], float(probabilities[token_id]) * NUM_DRAWS) for token_id in likely]
+def _penalised(
+    row: Probabilities, params: SamplingParams, prompt: list[int], output: list[int]
+) -> Probabilities:
+    for token_id in {*prompt, *output}:
+        factor = params.repetition_penalty
+        row[token_id] = row[token_id] / factor if row[token_id] > 0 else row[token_id] * factor
+    for token_id in output:
+        row[token_id] -= params.frequency_penalty
+    for token_id in set(output):
+        row[token_id] -= params.presence_penalty
+    for token_id, bias in params.logit_bias.items():
+        row[token_id] += bias
+    return row
+
+
+def chi_square_p_value(counts: Counter[int], probabilities: Probabilities) -> float:
+    """Outcomes too rare for the test's approximation are counted as one."""
+    num_draws = counts.total()
+    expected = probabilities * num_draws
+    likely = np.flatnonzero(expected >= 5).tolist()
+    pairs = [(counts[outcome], float(expected[outcome])) for outcome in likely]
+    rare_expected = num_draws - sum(value for _, value in pairs)
     if rare_expected >= 5:
-        pairs.append((NUM_DRAWS - sum(count for count, _ in pairs), rare_expected))
-    statistic = sum((count - expected) ** 2 / expected for count, expected in pairs)
+        pairs.append((num_draws - sum(count for count, _ in pairs), rare_expected))
+    statistic = sum((count - value) ** 2 / value for count, value in pairs)
     half_freedom = torch.tensor((len(pairs) - 1) / 2, dtype=torch.float64)
     return float(torch.special.gammaincc(half_freedom, torch.tensor(statistic / 2, dtype=torch.float64)))
 
@@ -60,18 +93,66 @@ def chi_square_p_value(counts: Counter[int], probabilities: Tensor) -> float:
         SamplingParams(top_p=0.95, temperature=2.0),
         SamplingParams(min_p=0.1),
         SamplingParams(top_k=20, top_p=0.7, min_p=0.02, temperature=1.3),
+        SamplingParams(presence_penalty=1.5),
+        SamplingParams(frequency_penalty=-0.8),
+        SamplingParams(repetition_penalty=1.6),
+        SamplingParams(logit_bias={5: 3.0, 6: -2.0, 2: -100.0}),
+        SamplingParams(
+            temperature=1.4,
+            top_p=0.9,
+            presence_penalty=-0.5,
+            frequency_penalty=0.7,
+            repetition_penalty=0.8,
+            logit_bias={4: 2.5},
+        ),
     ],
-    ids=["t1", "t0.5", "t1.7", "top_k", "top_p", "top_p_hot", "min_p", "all"],
+    ids=[
+        *("t1", "t0.5", "t1.7", "top_k", "top_p", "top_p_hot", "min_p", "truncations"),
+        *("presence", "frequency", "repetition", "bias", "all"),
+    ],
 )
 @pytest.mark.parametrize("vocab_size", [30, 300])
 def test_sampler_draws_from_the_distribution_asked_for(params: SamplingParams, vocab_size: int) -> None:
     logits = 2 * torch.randn(vocab_size, generator=torch.Generator().manual_seed(3))
 
-    counts = draw_many(logits, params)
+    counts = draw_many(logits, params, OUTPUT)
 
-    expected = expected_probabilities(logits, params)
+    expected = expected_probabilities(logits, params, PROMPT, OUTPUT)
     assert all(expected[token_id] > 0 for token_id in counts), "a token was drawn that is cut off"
     assert chi_square_p_value(counts, expected) > SIGNIFICANCE
+
+
+def test_engine_draws_pairs_of_tokens_from_the_distribution_of_the_model(
+    opt_folder: Path, opt_reference: transformers.PreTrainedModel
+) -> None:
+    """Eight requests of 128 sequences; the second token's penalties depend on the first one."""
+    top_k, prompt = 4, random_prompt(9)
+    params = SamplingParams(
+        n=128, max_tokens=2, ignore_eos=True, temperature=3.0, top_k=top_k, presence_penalty=2.0
+    )
+    requests = {str(seed): (prompt, replace(params, seed=seed)) for seed in range(8)}
+    config = {"num_blocks": 2000, "max_num_sequences": 256, "max_num_batched_tokens": 256}
+
+    run = generate(make_engine(opt_folder, **config), requests)
+
+    def next_probabilities(output: list[int]) -> Probabilities:
+        with torch.inference_mode():
+            logits = opt_reference(torch.tensor([[*prompt, *output]])).logits[0, -1]
+        return expected_probabilities(logits, params, prompt, output)
+
+    first = next_probabilities([])
+    likely = np.flatnonzero(first).tolist()
+    joint = {
+        (one, int(two)): float(first[one] * second[two])
+        for one in likely
+        for second in [next_probabilities([one])]
+        for two in np.flatnonzero(second)
+    }
+    outcomes = list(joint)
+    counts = Counter(outcomes.index(pair) for name in requests for pair in run.tokens(name))  # type: ignore[arg-type]  # pairs
+    assert counts.total() == 1024
+    assert len(counts) > 2 * top_k, "hardly a choice"
+    assert chi_square_p_value(counts, np.array(list(joint.values()))) > SIGNIFICANCE
 
 
 def test_sampler_holds_the_whole_nucleus_of_a_flat_distribution_over_a_large_vocabulary() -> None:
@@ -172,4 +253,4 @@ def test_uniform_draw_is_uniform_and_different_for_every_key() -> None:
     assert all(0 <= value < 1 for value in values)
     counts = Counter(int(value * 20) for value in values)
     assert len(keys) == NUM_DRAWS
-    assert chi_square_p_value(counts, torch.full((20,), 0.05, dtype=torch.float64)) > SIGNIFICANCE
+    assert chi_square_p_value(counts, np.full(20, 0.05)) > SIGNIFICANCE
