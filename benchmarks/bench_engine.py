@@ -221,7 +221,7 @@ def _print(timings: dict[str, list[Timing]], num_tokens: int, arguments: argpars
     console.print(_table("tokens per CPU second", cpu))
     console.print(
         f"{num_tokens} output tokens, {arguments.dtype}, {arguments.threads} threads,"
-        f" {arguments.repeats} repeats, load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores,"
+        f" {arguments.repeats} repeats, kernels {use_kernels('auto').level or 'in plain torch only'}, load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores,"
         f" torch {torch.__version__}, transformers {transformers.__version__}"
     )
 

@@ -156,6 +156,9 @@ def main(environ: Mapping[str, str], folder: Path = FOLDER) -> int:
             failure.write_text(f"{error}\n{error.output}", encoding="utf-8")
         _say(f"CPU kernels are not built, plain torch takes their place: {error}\n{error.output}".rstrip())
         return 1
+    except OSError as error:
+        _say(f"CPU kernels are not built, plain torch takes their place: {error}")
+        return 1
     _say(f"built the CPU kernels in {time.monotonic() - started:.0f} s")
     return 0
 

@@ -79,6 +79,16 @@ def test_build_keeps_what_a_failing_compiler_said_and_does_not_try_again(
     assert "earlier" in capsys.readouterr().err
 
 
+def test_build_says_what_hindered_it_when_nothing_can_be_written(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "build").write_text("in the way")
+
+    assert build.main(make_compiler(folder, WRITES_ITS_OUTPUT), folder) == 1
+
+    assert "plain torch takes their place" in capsys.readouterr().err
+
+
 def test_kernels_fall_back_to_the_reference_when_nothing_was_built(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
