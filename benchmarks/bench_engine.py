@@ -219,9 +219,10 @@ def _print(timings: dict[str, list[Timing]], num_tokens: int, arguments: argpars
     cpu = {name: [num_tokens / timing.cpu_seconds for timing in runs] for name, runs in timings.items()}
     console.print(_table("tokens per second", wall))
     console.print(_table("tokens per CPU second", cpu))
+    kernels = use_kernels("auto").level or "in plain torch only"
     console.print(
-        f"{num_tokens} output tokens, {arguments.dtype}, {arguments.threads} threads,"
-        f" {arguments.repeats} repeats, kernels {use_kernels('auto').level or 'in plain torch only'}, load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores,"
+        f"{num_tokens} output tokens, {arguments.dtype}, {arguments.threads} threads, kernels {kernels},"
+        f" {arguments.repeats} repeats, load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores,"
         f" torch {torch.__version__}, transformers {transformers.__version__}"
     )
 
