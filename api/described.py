@@ -6,7 +6,7 @@ from collections.abc import Sized
 
 MAX_SHOWN_CHARACTERS = 60
 
-TEXT_FIELDS = frozenset({"prompt", "stop", "suffix", "user", "metadata", "body"})
+TEXT_FIELDS = frozenset({"prompt", "messages", "stop", "suffix", "user", "metadata", "body"})
 """Fields that hold the client's own words: described by type and size."""
 
 

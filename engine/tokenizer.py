@@ -44,7 +44,7 @@ class Tokenizer:
             ModelLoadError: neither is there, or one is broken.
         """
         folder = Path(path)
-        config = _read_config(folder)
+        config = read_tokenizer_config(folder)
         file = folder / "tokenizer.json"
         backend = _read_json(file) if file.is_file() else _build_from_vocabulary(folder, config)
         _add_leading_token(backend, config)
@@ -78,7 +78,8 @@ class Tokenizer:
         return str(self._backend.to_str())
 
 
-def _read_config(folder: Path) -> ConfigFields:
+def read_tokenizer_config(folder: Path) -> ConfigFields:
+    """The fields of `tokenizer_config.json`; none where there is no such file."""
     path = folder / "tokenizer_config.json"
     return ConfigFields.from_file(path) if path.is_file() else ConfigFields(str(path), {})
 
@@ -103,7 +104,7 @@ def _build_from_vocabulary(folder: Path, config: ConfigFields) -> tokenizers.Tok
     has_prefix_space = config.boolean("add_prefix_space", default=False)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=has_prefix_space)
     backend.decoder = decoders.ByteLevel()
-    found = (_special_name(config, name) for name in _SPECIAL_NAMES)
+    found = (read_special_token(config, name) for name in _SPECIAL_NAMES)
     names = sorted({name for name in found if name is not None})
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     return backend
@@ -118,7 +119,7 @@ def _add_leading_token(backend: tokenizers.Tokenizer, config: ConfigFields) -> N
         raise config.invalid("bos_token", "must name a token, for add_bos_token is true")
     if backend.encode("").ids[:1] == [token_id]:
         return
-    token = str(_special_name(config, "bos_token"))
+    token = str(read_special_token(config, "bos_token"))
     template = processors.TemplateProcessing(
         single=f"{token} $A", pair=f"{token} $A $B", special_tokens=[(token, token_id)]
     )
@@ -126,7 +127,7 @@ def _add_leading_token(backend: tokenizers.Tokenizer, config: ConfigFields) -> N
     backend.post_processor = template if before is None else processors.Sequence([before, template])
 
 
-def _special_name(config: ConfigFields, name: str) -> str | None:
+def read_special_token(config: ConfigFields, name: str) -> str | None:
     """Return a special token's text, spelt as a string or as an object with `content`."""
     if not config.has(name):
         return None
@@ -135,5 +136,5 @@ def _special_name(config: ConfigFields, name: str) -> str | None:
 
 
 def _special_id(backend: tokenizers.Tokenizer, config: ConfigFields, name: str) -> int | None:
-    token = _special_name(config, name)
+    token = read_special_token(config, name)
     return None if token is None else backend.token_to_id(token)
