@@ -17,6 +17,8 @@ from telemetry.receiver import Receiver
 from telemetry.record import SpanRecord
 from tests.support.stack import RunningStack
 from tests.support.trace_invariants import check_trace_invariants
+from tests.support.trace_losses import check_nothing_lost
+from tests.support.valkey import free_port
 
 PROMPT = "San Francisco is a"
 PAYLOAD = {
@@ -54,6 +56,8 @@ OUR_SPANS = [
 class TracedStack:
     stack: RunningStack
     receiver: Receiver
+    metrics_port: int | None
+    """The worker's; none under the launcher, where the exporter is not ours to count."""
 
     def spans_of(self, trace_id: str, count: int) -> list[SpanRecord]:
         """The trace, once `count` spans of it have come."""
@@ -65,10 +69,12 @@ class TracedStack:
 def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TracedStack]:
     with Receiver("127.0.0.1", 0, 0) as receiver:
         environ = {"OTEL_SERVICE_NAME": "vllm-server"}
+        metrics_port: int | None = None
         grpc = receiver.grpc_endpoint.replace("http://", "grpc://")
         if request.param == "grpc":
             environ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"] = grpc
             environ["OTEL_EXPORTER_OTLP_TRACES_INSECURE"] = "true"
+            environ["THROUGHLINE_METRICS_PORT"] = str(metrics_port := free_port())
             launcher: tuple[str, ...] = ()
         else:
             environ["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = "http/protobuf"
@@ -79,7 +85,7 @@ def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         stack = RunningStack(folder, launcher=launcher, environ=environ)
         try:
             stack.wait_until_ready()
-            yield TracedStack(stack, receiver)
+            yield TracedStack(stack, receiver, metrics_port)
         finally:
             stack.kill_everything()
 
@@ -158,6 +164,7 @@ def test_malformed_traceparent_starts_a_new_trace(traced: TracedStack) -> None:
     assert reply.status_code == 200
     assert len(reply.headers["X-Trace-Id"]) == 32
     assert set(reply.headers["X-Trace-Id"]) != {"0"}
+    check_trace_invariants(traced.spans_of(reply.headers["X-Trace-Id"], 1))
 
 
 def test_refused_request_carries_its_trace_id_and_reaches_no_queue(traced: TracedStack) -> None:
@@ -169,10 +176,13 @@ def test_refused_request_carries_its_trace_id_and_reaches_no_queue(traced: Trace
     assert reply.json()["error"]["trace_id"] == reply.headers["X-Trace-Id"]
     spans = traced.spans_of(reply.headers["X-Trace-Id"], 2)
     assert sorted(span.name for span in spans) == ["POST /v1/completions", "accept"]
+    check_trace_invariants(spans, canaries=[PROMPT])
 
 
 def test_stop_loses_no_span_and_logs_no_prompt(traced: TracedStack) -> None:
     """The last of this module: it stops the stack in the moment after an answer."""
+    if traced.metrics_port is not None:
+        check_nothing_lost(f"127.0.0.1:{port}" for port in (traced.stack.port, traced.metrics_port))
     reply = httpx.post(f"{traced.stack.url}/v1/completions", json=PAYLOAD, timeout=60)
 
     code = traced.stack.stop()
@@ -180,6 +190,7 @@ def test_stop_loses_no_span_and_logs_no_prompt(traced: TracedStack) -> None:
     assert code == 0, traced.stack.log()
     spans = traced.receiver.trace(reply.headers["X-Trace-Id"])
     assert sorted(span.name for span in spans) == OUR_SPANS
+    check_trace_invariants(spans, canaries=[PROMPT], failed_job_ids=[])
     said_by_parts = [line for line in traced.stack.log().splitlines() if not line.startswith("up ")]
     assert not [line for line in said_by_parts if PROMPT in line]  # the supervisor's own hint quotes it
     assert traced.stack.pids() == []

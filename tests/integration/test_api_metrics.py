@@ -23,6 +23,7 @@ from jobs.settings import JobsSettings
 from telemetry import metrics
 from telemetry.receiver import Receiver
 from tests.support.processes import wait_until
+from tests.support.trace_invariants import check_trace_invariants
 from tests.support.valkey import ValkeyServer, free_port, running_valkey
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,6 +93,9 @@ def server(tmp_path: Path) -> Iterator[Server]:
         try:
             wait_until(lambda: b"running on" in log.read_bytes(), timeout_seconds=60, what="the API listens")
             yield Server(f"http://127.0.0.1:{port}", valkey, collector)
+            process.terminate()  # which sends the last spans
+            process.wait(15)
+            check_trace_invariants(collector.spans())
         finally:
             process.kill()
             process.wait()

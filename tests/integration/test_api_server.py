@@ -33,12 +33,14 @@ from jobs.settings import JobsSettings
 from jobs.store import ClaimOutcome
 from telemetry.receiver import Receiver
 from tests.support.job_factory import completed
+from tests.support.trace_invariants import check_trace_invariants
 from tests.support.valkey import ValkeyServer, free_port, running_valkey
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "house/bytes"
 BODY = {"model": MODEL, "prompt": "San Francisco is a"}
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
+CLIENT_SPAN = "b7ad6b7169203331"
 QUEUE = "tl:celery:house/bytes.interactive"
 
 
@@ -142,6 +144,9 @@ def _serve(valkey: ValkeyServer, log: Path) -> Iterator[Server]:
     try:
         _until_ready(server)
         yield server
+        process.terminate()  # which sends the last spans
+        process.wait(15)
+        check_trace_invariants(collector.spans(), external=[CLIENT_SPAN], canaries=[BODY["prompt"]])
     finally:
         process.kill()
         process.wait()
@@ -163,7 +168,7 @@ def _until_ready(server: Server) -> None:
 
 def test_completion_travels_through_the_broker_in_the_clients_trace(server: Server) -> None:
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(server.post, headers={"traceparent": f"00-{TRACE_ID}-b7ad6b7169203331-01"})
+        call = pool.submit(server.post, headers={"traceparent": f"00-{TRACE_ID}-{CLIENT_SPAN}-01"})
         message = server.worker.take()
         server.worker.settle(JobId(message["headers"]["id"]))
         reply = call.result()
@@ -180,7 +185,7 @@ def test_completion_travels_through_the_broker_in_the_clients_trace(server: Serv
 def test_no_span_of_a_completion_is_lost_when_the_server_stops(own_server: Server) -> None:
     server = own_server
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(server.post, headers={"traceparent": f"00-{TRACE_ID}-b7ad6b7169203331-01"})
+        call = pool.submit(server.post, headers={"traceparent": f"00-{TRACE_ID}-{CLIENT_SPAN}-01"})
         id = server.worker.take()["headers"]["id"]
         server.worker.settle(JobId(id))
         call.result()
@@ -191,7 +196,7 @@ def test_no_span_of_a_completion_is_lost_when_the_server_stops(own_server: Serve
     top, send = spans["POST /v1/completions"], spans["send house/bytes.interactive"]
     steps = ["accept", "fetch result", "store job", "wait result"]
     assert sorted(spans) == sorted([top.name, send.name, *steps])
-    assert (top.kind, top.parent_id) == ("SERVER", "b7ad6b7169203331")
+    assert (top.kind, top.parent_id) == ("SERVER", CLIENT_SPAN)
     assert send.kind == "PRODUCER"
     assert send.end_ns > send.start_ns
     assert {spans[name].parent_id for name in (send.name, *steps)} == {top.span_id}

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from typing import Any
 import httpx
 import pytest
 
+from cli.client import JobView
 from cli.settings import PROJECT_FOLDER
 from cli.stack import viewer
+from cli.viewer_client import ViewerClient
 from tests.support.stack import RunningStack, own_environment, running_stack
+from tests.support.trace_invariants import check_trace_invariants
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,22 @@ def test_trace_shows_the_whole_tree_of_a_job_by_its_id_alone(
     ):  # fmt: skip
         assert shown in ended.stdout
     assert "so far" not in ended.stdout
+
+
+def test_viewer_holds_spans_that_keep_every_rule(stack: RunningStack, job: dict[str, Any]) -> None:
+    address = viewer.find(stack.state_folder)
+    assert address is not None
+    with ViewerClient(address.read_url) as client:
+        found = client.of_job(JobView(job), deadline=time.monotonic() + 20)
+
+    assert found.is_whole
+    usage = job["usage"]
+    check_trace_invariants(
+        found.spans,
+        canaries=["San Francisco"],
+        failed_job_ids=(),
+        usage={job["id"]: (usage["prompt_tokens"], usage["completion_tokens"])},
+    )
 
 
 def test_trace_writes_a_page_without_requests_when_asked_by_trace_id(

@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from telemetry.export import SpanCounts
 from telemetry.receiver import Receiver
@@ -23,8 +21,11 @@ from telemetry.setup import Telemetry, build
 from tests.support.processes import wait_until
 from tests.support.stack import RunningStack
 from tests.support.tcp_proxy import TcpProxy
+from tests.support.trace_invariants import check_trace_invariants
+from tests.support.trace_losses import FAILED, lost_spans
 from tests.support.valkey import free_port
 
+COMPLETION_SPANS = 16
 SCHEDULING_SECONDS = 5.0
 """What a process may take beyond its own bound on a machine where others work too."""
 
@@ -170,13 +171,17 @@ class DrilledStack:
         return str(reply.headers["x-trace-id"])
 
     def has_arrived(self, trace_id: str) -> bool:
+        """The whole of it, as the rules say; torn traces of the bad time stay as they are."""
         spans = self.collector.trace(trace_id)
-        return {span.service for span in spans} == {"throughline-api", "throughline-worker"}
+        if len(spans) < COMPLETION_SPANS:
+            return False
+        check_trace_invariants(spans, failed_job_ids=())
+        return True
 
     def num_lost(self) -> list[float]:
         """Spans that API and worker each failed to export."""
         ports = self.stack.port, self.worker_port
-        return [_failed(f"http://127.0.0.1:{port}/metrics") for port in ports]
+        return [lost_spans(f"127.0.0.1:{port}")[FAILED] for port in ports]
 
     def seconds_to_end(self, program: str) -> float:
         """From SIGTERM to the end of a process; the supervisor starts another one."""
@@ -185,18 +190,6 @@ class DrilledStack:
         os.kill(pid, signal.SIGTERM)
         self.stack.wait(lambda: pid not in self.stack.pids_of(program), f"{program} ended", 30)
         return time.monotonic() - started
-
-
-def _failed(url: str) -> float:
-    with urllib.request.urlopen(url, timeout=10) as reply:
-        text = reply.read().decode()
-    return sum(
-        sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name == "otel_sdk_exporter_span_exported_total"
-        and sample.labels["error_type"] == "export_failed"
-    )
 
 
 @pytest.fixture

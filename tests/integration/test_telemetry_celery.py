@@ -15,6 +15,7 @@ import pytest
 
 from telemetry import names
 from telemetry.receiver import Receiver, SpanRecord
+from tests.support.trace_invariants import check_trace_invariants
 from tests.support.valkey import running_valkey
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +23,7 @@ QUEUE = "models.tiny"
 SECRET = "San Francisco is a"
 # plain 1, retry 3, failure 1, rejected 2, again 2, twice 2
 NUM_DELIVERIES = 11
+OWN_SPANS = {"body", "meet first", "meet second", "afterwards"}
 
 
 @dataclass
@@ -102,6 +104,17 @@ def _publish(wrapper: list[str], environ: dict[str, str]) -> dict[str, str]:
 
 def _num_deliveries(spans: list[SpanRecord]) -> int:
     return sum(span.kind == "CONSUMER" for span in spans)
+
+
+def test_every_trace_keeps_the_rules_but_of_ids_that_no_job_would_have(drill: Drill) -> None:
+    """`twice` sends two messages of one id, `again` one job's second message under an id of its own."""
+    unlike = {drill.trace_ids["twice"], drill.trace_ids["again"]}
+    check_trace_invariants(
+        [span for span in drill.spans if span.trace_id not in unlike],
+        foreign_names={*drill.trace_ids, *OWN_SPANS},
+        canaries=[SECRET],
+        failed_job_ids=["failure"],
+    )
 
 
 def test_message_is_one_trace_with_a_linked_process_below_its_send_when_it_is_run(drill: Drill) -> None:

@@ -27,6 +27,8 @@ from telemetry.tree import Node, tree
 from tests.support.processes import wait_until
 from tests.support.stack import RunningStack
 from tests.support.trace_invariants import check_trace_invariants
+from tests.support.trace_losses import check_nothing_lost
+from tests.support.valkey import free_port
 
 PROMPT = "San Francisco is a"
 ONE_SERVICE = "vllm-server"
@@ -172,6 +174,9 @@ def traced_stack(
 ) -> Iterator[Traced]:
     """A whole stack that sends its spans to a receiver of its own, ready for jobs.
 
+    When it is left, API and worker must say that they lost no span. Under a launcher the exporter is not ours
+    to count.
+
     Args:
         directory: for its state and its log.
         environ: more of the processes' environment; goes before what is set here.
@@ -189,6 +194,7 @@ def traced_stack(
             "OTEL_LOGS_EXPORTER": "none",
             "OTEL_BSP_SCHEDULE_DELAY": "100",
             "THROUGHLINE_LEASE_SECONDS": "3",
+            "THROUGHLINE_METRICS_PORT": str(metrics_port := free_port()),
         }
         if launcher:
             told["OTEL_SERVICE_NAME"] = ONE_SERVICE
@@ -198,5 +204,7 @@ def traced_stack(
             store = redis.Redis.from_url(stack.redis_url, decode_responses=True)
             with httpx.Client(base_url=stack.url, timeout=60) as client, store:
                 yield Traced(stack, receiver, client, store, has_one_service=bool(launcher))
+            if not launcher:
+                check_nothing_lost([f"127.0.0.1:{port}" for port in (stack.port, metrics_port)])
         finally:
             stack.kill_everything()

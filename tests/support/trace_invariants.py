@@ -30,6 +30,7 @@ def check_trace_invariants(
     *,
     external: Collection[str] = (),
     foreign_services: Collection[str] = (),
+    foreign_names: Collection[str] = (),
     canaries: Iterable[str] = (),
     failed_job_ids: Collection[str] | None = None,
     usage: Mapping[str, tuple[int, int]] | None = None,
@@ -40,11 +41,12 @@ def check_trace_invariants(
         spans: everything that was received.
         external: span ids that are nobody's of ours: a client's parent, a link's target elsewhere.
         foreign_services: services (the client's) whose span names and attributes are their own.
+        foreign_names: of spans that the test itself made in our services.
         canaries: texts of prompts and outputs, which no string of any span may contain.
         failed_job_ids: the failed jobs, whose last attempts and no others are errors. None: not asked.
         usage: input and output tokens of jobs, as their replies told them.
     """
-    ours = [span for span in spans if span.service not in foreign_services]
+    ours = [span for span in spans if span.service not in foreign_services and span.name not in foreign_names]
     breaches = [
         *_structure(spans, set(external)),
         *_ids_and_times(spans),
