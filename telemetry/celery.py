@@ -68,6 +68,8 @@ def uninstrument_celery() -> None:
 
 def creation_context(request: Any) -> Context:
     """The context of the send span that a task's `request` (`task.request`) came with; empty without one."""
+    if (deliveries := _deliveries.get()) and deliveries[-1].request is request:
+        return deliveries[-1].creation
     return propagate.extract(request, context=Context(), getter=celery_getter)
 
 
@@ -111,6 +113,8 @@ class _Delivery:
     span: Span
     activation: AbstractContextManager[Span]
     token: Token[Context]
+    request: Any
+    creation: Context
 
 
 _publish: ContextVar[_Publish | None] = ContextVar("throughline_publish", default=None)
@@ -186,7 +190,8 @@ class _CorrectedInstrumentor(CeleryInstrumentor):
         )
         activation = trace.use_span(span, end_on_exit=True)
         activation.__enter__()
-        _deliveries.set((*_deliveries.get(), _Delivery(span, activation, token)))
+        delivery = _Delivery(span, activation, token, task.request, creation)
+        _deliveries.set((*_deliveries.get(), delivery))
 
     def _trace_postrun(self, *args: Any, **kwargs: Any) -> None:
         if not (deliveries := _deliveries.get()):
@@ -270,10 +275,15 @@ def _message_attributes(
 
 
 def _broker_attributes(app: Celery) -> dict[str, AttributeValue]:
+    """Of the first of several brokers."""
+    return _address_attributes(str(app.conf.broker_write_url or app.conf.broker_url or ""))
+
+
+@functools.lru_cache(8)
+def _address_attributes(urls: str) -> dict[str, AttributeValue]:
     """Where the broker listens; nothing for a socket in the file system, which is no address."""
-    url = str(app.conf.broker_write_url or app.conf.broker_url or "").partition(";")[0]
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(urls.partition(";")[0])
         address, port = parts.hostname, parts.port
     except ValueError:
         return {}

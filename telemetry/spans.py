@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -281,13 +281,16 @@ def mark_attempt(
     `traceparent` gave in the attempt before, or `lost_attempt` for it.
     """
     span = trace.get_current_span()
-    span.set_attributes(
-        {names.JOB_ID: job_id, names.JOB_ATTEMPT: attempt, names.JOB_REDELIVERED: is_redelivered}
-    )
+    attributes: dict[str, AttributeValue] = {
+        names.JOB_ID: job_id,
+        names.JOB_ATTEMPT: attempt,
+        names.JOB_REDELIVERED: is_redelivered,
+    }
     if queue_wait_seconds is not None:
-        span.set_attribute(names.QUEUE_WAIT, max(queue_wait_seconds, 0.0))
+        attributes[names.QUEUE_WAIT] = max(queue_wait_seconds, 0.0)
         if queue_wait_seconds < 0:
-            span.set_attribute(names.CLOCK_SKEWED, True)
+            attributes[names.CLOCK_SKEWED] = True
+    span.set_attributes(attributes)
     _add_link(span, previous_traceparent, names.LINK_PREVIOUS_ATTEMPT)
 
 
@@ -351,7 +354,13 @@ def store_result(job_id: str) -> Iterator[Span]:
 
 def wall_ns(monotonic_seconds: float) -> int:
     """A stamp of the monotonic clock, which all processes of a machine share, as spans want it."""
-    return _wall_minus_monotonic_ns() + round(monotonic_seconds * 1e9)
+    return wall_clock()(monotonic_seconds)
+
+
+def wall_clock() -> Callable[[float], int]:
+    """`wall_ns` for many stamps: the clocks are compared once, so that equal stamps stay equal."""
+    offset_ns = _wall_minus_monotonic_ns()
+    return lambda monotonic_seconds: offset_ns + round(monotonic_seconds * 1e9)
 
 
 def _wall_minus_monotonic_ns() -> int:
@@ -438,6 +447,8 @@ def _start_generation(
 
 
 def _add_link(span: Span, traceparent: str | None, role: str) -> None:
+    if traceparent is None or not span.is_recording():
+        return
     target = extract({"traceparent": traceparent})
     for link in link_to(target, role):
         span.add_link(link.context, link.attributes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -40,6 +40,16 @@ class HandOver:
 
     asked_at_ns: int
     received_at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class _EngineTimes:
+    """One request's time in the engine, its wait at the door included."""
+
+    started_at_ns: int
+    ended_at_ns: int
+    phases: tuple[spans.Phase, ...]
+    to_first_token_seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +137,19 @@ class AttemptObserver:
         """`traced` is the generation's; it links each prefill to the drawn step that admitted its request."""
         self.metrics.generated(delivery, outputs)
         current = otel_context.get_current()
-        last_ns = max(spans.wall_ns(output.phases.finished_at) for output in outputs)
+        wall_ns = spans.wall_clock()
+        last_ns = wall_ns(max(output.phases.finished_at for output in outputs))
         spans.receive_output(
             current, job_id=delivery.id, started_at_ns=last_ns, ended_at_ns=hand_over.received_at_ns
         )
         for index, (output, prompt) in enumerate(zip(outputs, request.prompts, strict=True)):
-            text = prompt.text if self.captures_content else None
-            record = self._record(delivery, params, output, text, traced.get(output.request_id))
-            record = _from_asking(record, hand_over.asked_at_ns)
+            record = self._record(
+                delivery,
+                params,
+                output,
+                prompt.text if self.captures_content else None,
+                _engine_times(output.phases, hand_over.asked_at_ns, wall_ns, traced.get(output.request_id)),
+            )
             if len(outputs) > 1:
                 record = replace(record, item_index=index)
             if index < self.max_item_spans:
@@ -228,16 +243,15 @@ class AttemptObserver:
         params: SamplingParams,
         output: RequestOutput,
         prompt: str | None,
-        traced: TracedRequest | None,
+        times: _EngineTimes,
     ) -> spans.GenerationRecord:
         phases = output.phases
-        first = phases.first_token_at
         return spans.GenerationRecord(
             model=self.model,
             response_id=f"cmpl-{delivery.id}",
             job_id=delivery.id,
-            started_at_ns=spans.wall_ns(phases.arrived_at),
-            ended_at_ns=spans.wall_ns(phases.finished_at),
+            started_at_ns=times.started_at_ns,
+            ended_at_ns=times.ended_at_ns,
             finish_reasons=tuple(completion.finish_reason for completion in output.completions),
             input_tokens=output.usage.prompt_tokens,
             output_tokens=output.usage.completion_tokens,
@@ -252,8 +266,8 @@ class AttemptObserver:
             stop_sequences=params.stop,
             choice_count=params.n,
             uses_beam_search=params.use_beam_search,
-            phases=_phases(phases, traced.admitted_by if traced else {}),
-            time_to_first_token_seconds=None if first is None else first - phases.arrived_at,
+            phases=times.phases,
+            time_to_first_token_seconds=times.to_first_token_seconds,
             mean_batch_size=phases.mean_batch_size,
             max_batch_size=phases.max_batch_size,
             num_steps=phases.num_steps,
@@ -274,26 +288,34 @@ def _queued_at_ns(delivery: Delivery, claim: Claim) -> int | None:
     return delivery.enqueued_at_ns if claim.released_at is None else round(claim.released_at * 1e9)
 
 
-def _from_asking(record: spans.GenerationRecord, asked_at_ns: int) -> spans.GenerationRecord:
+def _engine_times(
+    phases: RequestPhases, asked_at_ns: int, wall_ns: Callable[[float], int], traced: TracedRequest | None
+) -> _EngineTimes:
     """The engine stamps a request when it looks up from the step it is in; its wait began before."""
-    earlier_ns = max(0, record.started_at_ns - asked_at_ns)
-    started_at_ns = record.started_at_ns - earlier_ns
-    first_token = record.time_to_first_token_seconds
-    return replace(
-        record,
-        started_at_ns=started_at_ns,
-        phases=(replace(record.phases[0], start_ns=started_at_ns), *record.phases[1:]),
-        time_to_first_token_seconds=None if first_token is None else first_token + earlier_ns / 1e9,
+    arrived_at_ns = wall_ns(phases.arrived_at)
+    started_at_ns = min(asked_at_ns, arrived_at_ns)
+    earlier_seconds = (arrived_at_ns - started_at_ns) / 1e9
+    first = phases.first_token_at
+    return _EngineTimes(
+        started_at_ns,
+        wall_ns(phases.finished_at),
+        _phases(phases, started_at_ns, wall_ns, traced.admitted_by if traced else {}),
+        None if first is None else first - phases.arrived_at + earlier_seconds,
     )
 
 
-def _phases(phases: RequestPhases, admitted_by: Mapping[float, SpanContext]) -> tuple[spans.Phase, ...]:
+def _phases(
+    phases: RequestPhases,
+    started_at_ns: int,
+    wall_ns: Callable[[float], int],
+    admitted_by: Mapping[float, SpanContext],
+) -> tuple[spans.Phase, ...]:
     return tuple(
         spans.Phase(
             name=interval.name,
-            start_ns=spans.wall_ns(interval.start),
-            end_ns=spans.wall_ns(interval.end),
+            start_ns=started_at_ns if index == 0 else wall_ns(interval.start),
+            end_ns=wall_ns(interval.end),
             step=admitted_by.get(interval.start) if interval.name == "prefill" else None,
         )
-        for interval in phases.intervals
+        for index, interval in enumerate(phases.intervals)
     )
