@@ -114,15 +114,24 @@ def _read_windows(fields: ConfigFields, family: _Family) -> tuple[int | None, ..
     if is_off or not fields.has("sliding_window"):
         return (None,) * num_layers
     window = fields.integer("sliding_window")
-    kinds = fields.texts("layer_types")
-    if kinds:
-        if len(kinds) != num_layers or set(kinds) - {"full_attention", "sliding_attention"}:
-            raise fields.invalid(
-                "layer_types", f"must name {num_layers} layers, each full_attention or sliding_attention"
-            )
+    if kinds := read_layer_types(fields, num_layers):
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
     first = fields.count("max_window_layers", _QWEN_FULL_LAYERS) if family.windows_need_switch else 0
     return tuple(window if index >= first else None for index in range(num_layers))
+
+
+def read_layer_types(fields: ConfigFields, num_layers: int) -> tuple[str, ...]:
+    """`full_attention` or `sliding_attention` for each layer; empty where the config does not say.
+
+    Raises:
+        ModelLoadError: a layer has no kind, or another one.
+    """
+    kinds = fields.texts("layer_types")
+    if kinds and (len(kinds) != num_layers or set(kinds) - {"full_attention", "sliding_attention"}):
+        raise fields.invalid(
+            "layer_types", f"must name {num_layers} layers, each full_attention or sliding_attention"
+        )
+    return kinds
 
 
 class LlamaLayer:

@@ -9,7 +9,7 @@ from typing import Final
 from engine.checkpoint import Checkpoint
 from engine.errors import ModelLoadError
 from engine.model_config import ConfigFields
-from engine.models import CausalLM, gpt2, llama, opt
+from engine.models import CausalLM, gemma3, gpt2, llama, opt
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ _LLAMA: Final = Family(llama.Llama.load, "model.")
 FAMILIES: Final[Mapping[str, Family]] = {
     "OPTForCausalLM": _OPT,
     "GPT2LMHeadModel": Family(gpt2.GPT2.load, "transformer."),
+    "Gemma3ForCausalLM": Family(gemma3.Gemma3.load, "model."),
     **dict.fromkeys(llama.ARCHITECTURES, _LLAMA),
 }
 

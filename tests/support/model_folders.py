@@ -13,7 +13,16 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 ModelKind = Literal[
-    "opt", "opt-350m-like", "llama", "llama3-rope", "mistral", "qwen2", "qwen2-window", "qwen3", "gpt2"
+    "opt",
+    "opt-350m-like",
+    "llama",
+    "llama3-rope",
+    "mistral",
+    "qwen2",
+    "qwen2-window",
+    "qwen3",
+    "gpt2",
+    "gemma3",
 ]
 MODEL_KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
 
@@ -57,6 +66,12 @@ _LLAMA_SHAPE = {
     "eos_token_id": 2,
 }
 _QWEN_SHAPE = _LLAMA_SHAPE | {"bos_token_id": None, "eos_token_id": 0}
+_GEMMA_SHAPE = _LLAMA_SHAPE | {
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "pad_token_id": 0,
+}
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -94,6 +109,7 @@ _RECIPES: dict[ModelKind, _Recipe] = {
         "<|endoftext|>",
     ),
     "qwen3": _Recipe("Qwen3Config", _QWEN_SHAPE, _END_OF_TEXT, "<|endoftext|>"),
+    "gemma3": _Recipe("Gemma3TextConfig", _GEMMA_SHAPE, _LLAMA_TOKENS, "</s>", "<s>"),
     "gpt2": _Recipe(
         "GPT2Config",
         {"n_embd": 48, "n_layer": 3, "n_head": 3, "bos_token_id": 0, "eos_token_id": 0},

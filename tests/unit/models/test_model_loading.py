@@ -278,3 +278,41 @@ def test_windows_of_old_qwen_configs_begin_at_the_named_layer(tmp_path: Path) ->
     assert torch.equal(logits_of(folder), expected)
     rewrite(folder / "config.json", lambda config: config.update(max_window_layers=2))
     assert not torch.equal(logits_of(folder), expected)
+
+
+def test_old_spelling_of_gemmas_two_rotary_bases_and_windows_means_the_same(tmp_path: Path) -> None:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    folder = make_model_folder("gemma3", tmp_path, layer_types=kinds)
+    expected = logits_of(folder)
+
+    def respell(config: dict[str, Any]) -> None:
+        rope = config.pop("rope_parameters")
+        config["rope_theta"] = rope["full_attention"]["rope_theta"]
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        del config["layer_types"]
+        config["sliding_window_pattern"] = 2
+
+    rewrite(folder / "config.json", respell)
+
+    assert torch.equal(logits_of(folder), expected)
+    rewrite(folder / "config.json", lambda config: config.update(rope_local_base_freq=100.0))
+    assert not torch.equal(logits_of(folder), expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0: soft caps are not supported"),
+        ({"hidden_activation": "silu"}, "hidden_activation='silu': only gelu_pytorch_tanh"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True: only causal"),
+        ({"layer_types": ["full_attention"]}, "must name 3 layers"),
+    ],
+)
+def test_gemma_config_that_is_not_supported_is_refused(
+    tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    folder = make_model_folder("gemma3", tmp_path)
+    set_field(**fields)(folder)
+
+    with pytest.raises(ModelLoadError, match=message):
+        load(folder)
