@@ -18,6 +18,7 @@ from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SpanExporter
 from opentelemetry.trace import Tracer
 
 from telemetry import metrics, names
+from telemetry.drawing import DrawingTracerProvider
 from telemetry.export import CountedSpanProcessor, GrpcExporter, SpanCounts, SpanLedger
 from telemetry.settings import Target, TelemetrySettings
 
@@ -106,7 +107,7 @@ class Telemetry:
                 exporter.shutdown()
 
 
-class _OwnTracerProvider(TracerProvider):
+class _OwnTracerProvider(DrawingTracerProvider):
     """Leads from the OpenTelemetry global, the only one we use, back to the `Telemetry` built here."""
 
     telemetry: Telemetry
@@ -157,10 +158,7 @@ def _adopt(provider: TracerProvider, settings: TelemetrySettings, *, is_explicit
 
 def build(default_service_name: str, settings: TelemetrySettings) -> Telemetry:
     """A provider with its exporters that is nobody's global; `configure` is what a process calls."""
-    provider = _OwnTracerProvider(
-        resource=process_resource(default_service_name, settings),
-        shutdown_on_exit=False,  # the SDK's own exit handler may wait for 30 s
-    )
+    provider = _OwnTracerProvider(process_resource(default_service_name, settings))
     exporters = {} if settings.is_disabled else _exporters(settings)
     for exporter, ledger in exporters.items():
         provider.add_span_processor(

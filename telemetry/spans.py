@@ -11,24 +11,37 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
+from opentelemetry import context as context_api
 from opentelemetry import trace
 from opentelemetry.baggage.propagation import W3CBaggagePropagator
 from opentelemetry.context import Context
 from opentelemetry.propagators.composite import CompositePropagator
-from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, Tracer, TracerProvider
+from opentelemetry.trace import (
+    Link,
+    NonRecordingSpan,
+    Span,
+    SpanContext,
+    Status,
+    StatusCode,
+    Tracer,
+    TracerProvider,
+)
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
 from telemetry import names
+from telemetry.drawing import DrawingTracerProvider, FinishedSpan
 
 PhaseName = Literal["wait", "prefill", "decode"]
 
 _W3C = CompositePropagator([TraceContextTextMapPropagator(), W3CBaggagePropagator()])
+_UNSET = Status()
+_ERROR = Status(StatusCode.ERROR)
 _PHASE_SPANS: Mapping[PhaseName, str] = {
     "wait": names.SPAN_ENGINE_WAIT,
     "prefill": names.SPAN_ENGINE_PREFILL,
@@ -148,8 +161,8 @@ def queue_wait(
     }
     if is_skewed:
         attributes[names.CLOCK_SKEWED] = True
-    span = _tracer(tracer).start_span(f"queue {queue}", context, attributes=attributes, start_time=start_ns)
-    span.end(started_at_ns)
+    span = FinishedSpan(name=f"queue {queue}", start_ns=start_ns, end_ns=started_at_ns, attributes=attributes)
+    _draw(context, span, tracer)
 
 
 def generation(
@@ -166,15 +179,13 @@ def generation(
     `uses_vllm_keys` adds what dashboards made for vLLM read.
     Returned is the span's own context, for others to link to.
     """
-    chosen = _tracer(tracer)
     attributes = _generation_attributes(record, capture_content=capture_content, vllm=uses_vllm_keys)
-    span = _start_generation(chosen, context, record, attributes)
-    if span.is_recording():
-        below = trace.set_span_in_context(span, context)
+    own = _draw(context, _generation_span(record, attributes), tracer)
+    if own.trace_flags.sampled:
+        below = trace.set_span_in_context(NonRecordingSpan(own), context)
         for phase in record.phases:
-            _draw_phase(chosen, below, phase)
-    span.end(max(record.ended_at_ns, record.started_at_ns))
-    return span.get_span_context()
+            _draw(below, _phase_span(phase), tracer)
+    return own
 
 
 def generation_apart(
@@ -196,8 +207,7 @@ def generation_apart(
         return
     links = [*link_to(creation, names.LINK_CREATION), *link_to(attempt, names.LINK_ATTEMPT)]
     attributes = _generation_attributes(record, capture_content=capture_content, vllm=uses_vllm_keys)
-    span = _start_generation(_tracer(tracer), Context(), record, attributes, links)
-    span.end(max(record.ended_at_ns, record.started_at_ns))
+    _draw(Context(), _generation_span(record, attributes, links), tracer)
 
 
 def claim(context: Context, *, job_id: str, started_at_ns: int, ended_at_ns: int) -> None:
@@ -206,17 +216,17 @@ def claim(context: Context, *, job_id: str, started_at_ns: int, ended_at_ns: int
     Drawn when the attempt ends, not live: of a worker that is killed the claim would arrive, its parent
     never.
     """
-    _draw(names.SPAN_CLAIM, context, {names.JOB_ID: job_id}, started_at_ns, ended_at_ns)
+    _draw_step(names.SPAN_CLAIM, context, job_id, started_at_ns, ended_at_ns)
 
 
 def interrupted(context: Context, *, job_id: str, started_at_ns: int, ended_at_ns: int) -> None:
     """Draw the time in the engine of a job that left it without an output, so that it has a name."""
-    _draw(names.SPAN_ENGINE_INTERRUPTED, context, {names.JOB_ID: job_id}, started_at_ns, ended_at_ns)
+    _draw_step(names.SPAN_ENGINE_INTERRUPTED, context, job_id, started_at_ns, ended_at_ns)
 
 
 def receive_output(context: Context, *, job_id: str, started_at_ns: int, ended_at_ns: int) -> None:
     """Draw the way of a job's outputs from the engine's process to the thread that waits for them."""
-    _draw(names.SPAN_RECEIVE_OUTPUT, context, {names.JOB_ID: job_id}, started_at_ns, ended_at_ns)
+    _draw_step(names.SPAN_RECEIVE_OUTPUT, context, job_id, started_at_ns, ended_at_ns)
 
 
 def lost_attempt(
@@ -243,17 +253,16 @@ def lost_attempt(
     Returns:
         Its context, for the next attempt to link to: the lost span's own would lead nowhere.
     """
-    attributes: dict[str, AttributeValue] = {names.JOB_ID: job_id, names.JOB_ATTEMPT: attempt}
-    span = _tracer(None).start_span(
-        f"lost {queue}",
-        Context() if is_root else context,
-        attributes=attributes,
-        links=link_to(context, names.LINK_CREATION) if is_root else None,
-        start_time=started_at_ns,
+    span = FinishedSpan(
+        name=f"lost {queue}",
+        start_ns=started_at_ns,
+        end_ns=ended_at_ns,
+        attributes={names.JOB_ID: job_id, names.JOB_ATTEMPT: attempt, names.ERROR_TYPE: "worker_lost"},
+        links=link_to(context, names.LINK_CREATION) if is_root else (),
+        status=_ERROR,
     )
-    _fail(span, "worker_lost")
-    span.end(max(started_at_ns, ended_at_ns))
-    return trace.set_span_in_context(span, Context())
+    own = _draw(Context() if is_root else context, span)
+    return trace.set_span_in_context(NonRecordingSpan(own), Context())
 
 
 def mark_job(job_id: str, *, created_by: str | None = None) -> None:
@@ -409,41 +418,49 @@ def _live(name: str, attributes: dict[str, AttributeValue], start_ns: int | None
 
     An error that passes through is told by the request's own span; its words might quote a prompt.
     """
-    span = _tracer(None).start_span(name, attributes=attributes, start_time=start_ns)
+    context, started_at_ns = context_api.get_current(), start_ns or time.time_ns()
     try:
         yield
     finally:
-        span.end()
+        _draw(
+            context,
+            FinishedSpan(name=name, start_ns=started_at_ns, end_ns=time.time_ns(), attributes=attributes),
+        )
 
 
-def _draw(
-    name: str,
-    context: Context,
-    attributes: dict[str, AttributeValue],
-    start_ns: int,
-    end_ns: int,
-) -> None:
-    span = _tracer(None).start_span(name, context, attributes=attributes, start_time=start_ns)
-    span.end(max(start_ns, end_ns))
-
-
-def _start_generation(
-    tracer: Tracer,
-    context: Context,
-    record: GenerationRecord,
-    attributes: dict[str, AttributeValue],
-    links: list[Link] | None = None,
-) -> Span:
-    span = tracer.start_span(
-        f"{names.OPERATION_TEXT_COMPLETION} {record.model}",
-        context,
-        attributes=attributes,
-        links=links,
-        start_time=record.started_at_ns,
+def _draw(context: Context, span: FinishedSpan, tracer: Tracer | None = None) -> SpanContext:
+    """`span` lies below that of `context`; the SDK makes roots, and all where the provider is not ours."""
+    provider = trace.get_tracer_provider()
+    if tracer is None and isinstance(provider, DrawingTracerProvider):
+        own = provider.draw(context, span)
+        if own is not None:
+            return own
+    live = _tracer(tracer).start_span(
+        span.name, context, attributes=span.attributes, links=span.links, start_time=span.start_ns
     )
-    if record.error_type is not None:
-        _fail(span, record.error_type)
-    return span
+    live.set_status(span.status)
+    live.end(max(span.start_ns, span.end_ns))
+    return live.get_span_context()
+
+
+def _draw_step(name: str, context: Context, job_id: str, start_ns: int, end_ns: int) -> None:
+    attributes = {names.JOB_ID: job_id}
+    _draw(context, FinishedSpan(name=name, start_ns=start_ns, end_ns=end_ns, attributes=attributes))
+
+
+def _generation_span(
+    record: GenerationRecord, attributes: dict[str, AttributeValue], links: Sequence[Link] = ()
+) -> FinishedSpan:
+    return FinishedSpan(
+        name=f"{names.OPERATION_TEXT_COMPLETION} {record.model}",
+        start_ns=record.started_at_ns,
+        end_ns=record.ended_at_ns,
+        attributes=attributes
+        if record.error_type is None
+        else attributes | {names.ERROR_TYPE: record.error_type},
+        links=links,
+        status=_UNSET if record.error_type is None else _ERROR,
+    )
 
 
 def _add_link(span: Span, traceparent: str | None, role: str) -> None:
@@ -456,19 +473,17 @@ def _add_link(span: Span, traceparent: str | None, role: str) -> None:
 
 def _fail(span: Span, error_type: str) -> None:
     span.set_attribute(names.ERROR_TYPE, error_type)
-    span.set_status(Status(StatusCode.ERROR))
+    span.set_status(_ERROR)
 
 
-def _draw_phase(tracer: Tracer, context: Context, phase: Phase) -> None:
-    span = tracer.start_span(
-        _PHASE_SPANS[phase.name],
-        context,
-        kind=SpanKind.INTERNAL,
-        attributes=dict(phase.attributes),
-        links=[Link(phase.step, {names.LINK_ROLE: names.LINK_STEP})] if phase.step else None,
-        start_time=phase.start_ns,
+def _phase_span(phase: Phase) -> FinishedSpan:
+    return FinishedSpan(
+        name=_PHASE_SPANS[phase.name],
+        start_ns=phase.start_ns,
+        end_ns=phase.end_ns,
+        attributes=phase.attributes,
+        links=[Link(phase.step, {names.LINK_ROLE: names.LINK_STEP})] if phase.step else (),
     )
-    span.end(max(phase.end_ns, phase.start_ns))
 
 
 def _generation_attributes(
