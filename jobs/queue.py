@@ -17,6 +17,7 @@ from jobs import broker_channel
 from jobs.broker_channel import SharedClientChannel
 from jobs.errors import StoreUnavailable
 from jobs.model import JobId
+from jobs.sent_events import SentEvents
 from jobs.settings import JobsSettings
 
 GENERATE = "throughline.generate"
@@ -94,6 +95,7 @@ class CeleryPublisher:
             broker_channel.use(SharedClientChannel)
         self._app: Any = app
         self._task = app.tasks[GENERATE] if GENERATE in app.tasks else declare_generate(app)
+        self._events = SentEvents(app)
 
     def connect(self) -> None:
         """Set the broker's connection up, so that the first message does not wait 0.1 s for it.
@@ -115,6 +117,9 @@ class CeleryPublisher:
                 task_id=id,
                 queue=queue,
                 headers={ENQUEUED_AT_HEADER: enqueued_at_ns},
+                event_dispatcher=self._events,
+                argsrepr=f"('{id}',)",  # celery would find out by itself, for any type and at a price
+                kwargsrepr="{}",
                 retry=True,
                 retry_policy={"max_retries": 1, "interval_start": 0.1, "interval_max": 0.2},
             )

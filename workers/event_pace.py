@@ -6,7 +6,8 @@ from typing import Any
 
 from celery import bootsteps
 
-FLUSH_SECONDS = 0.2
+from jobs.sent_events import FLUSH_SECONDS
+
 MAX_BUFFERED = 500
 """Beyond it they are sent at once."""
 

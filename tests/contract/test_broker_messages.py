@@ -114,3 +114,24 @@ def test_settling_removes_the_message_when_it_decides_and_leaves_it_when_refused
     assert (refused, list(broker.held())) == (SettleOutcome.LOST, [tag])
     settled = store.settle(job.id, token, completed(), now=NOW, message_tag=tag)
     assert (settled, broker.held()) == (SettleOutcome.SETTLED, {})
+
+
+def test_task_sent_events_arrive_together_when_several_jobs_are_published(broker: Broker) -> None:
+    """Celery's own receiver, as Flower has it, reads what was gathered."""
+    app = create_celery(broker.settings)
+    heard: list[str] = []
+
+    def hear(event: dict[str, Any]) -> None:
+        heard.append(event["uuid"])
+        receiver.should_stop = len(heard) == 3
+
+    with app.connection_for_read() as connection:
+        receiver = app.events.Receiver(connection, handlers={"task-sent": hear})
+        listening = receiver.itercapture(limit=None, timeout=10, wakeup=False)
+        next(listening)  # subscribed
+        ids = broker.publish(FIRST, 3)
+        for _ in listening:
+            pass
+
+    assert heard == ids
+    assert broker.num_queued(FIRST) == 3
