@@ -12,6 +12,7 @@ from jobs.model import JobId, ReplicaId, WorkerId, new_lease_token
 from jobs.redis_connection import connect, connect_async, connect_reader
 from jobs.redis_store import RedisAttemptStore, RedisSubmissionStore
 from jobs.settings import JobsSettings
+from jobs.states import JobState
 from tests.support.job_factory import completed, new_job
 from tests.support.valkey import ValkeyServer, running_valkey
 
@@ -98,3 +99,32 @@ async def test_nobody_is_lost_when_redis_is_killed_and_its_streams_are_gone(
     await asyncio.to_thread(kill_and_restart)
 
     assert await asyncio.gather(*waits) == [WaitOutcome.ENDED] * NUM_WAITERS
+
+
+async def test_job_that_a_routine_recheck_met_before_it_was_stored_is_waited_for(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No cut is needed: the reader asks for all expected jobs every 30 s, and one may be on its way there."""
+    monkeypatch.setattr(waiting, "RECHECK_SECONDS", 0.0)
+    monkeypatch.setattr(waiting, "READ_SECONDS", 0.01)
+    job, seen = new_job(watcher=REPLICA), []
+    watch = sides.store.watch
+
+    async def watched(id: JobId, replica: ReplicaId) -> JobState | None:
+        seen.append(await watch(id, replica))
+        return seen[-1]
+
+    monkeypatch.setattr(sides.store, "watch", watched)
+    with sides.reader.expect(job.id) as ending:
+        async with asyncio.timeout(10):
+            while len(seen) < 3:
+                await asyncio.sleep(0.001)
+        assert seen[:3] == [None] * 3
+        assert not ending.done()
+
+        await sides.store.create(job, max_open=10)
+        await asyncio.to_thread(sides.end, [job.id])
+        assert await waiting.wait_for(ending, 10) is WaitOutcome.ENDED
+    done = await sides.store.get(job.id)
+    assert done is not None
+    assert done.state is JobState.COMPLETED
