@@ -1,4 +1,9 @@
-"""Redis clients with the time limits and the error of this package."""
+"""Redis clients with the time limits and the error of this package.
+
+The asyncio clients do not check the health of an idle connection: redis-py does so inside connecting too, and
+a check that fails connects again, deeper, with all tries at each level; a hung Redis then holds a caller for
+minutes. A dead connection shows by the socket's time limit, and the retry makes a new one.
+"""
 
 from __future__ import annotations
 
@@ -73,5 +78,4 @@ def _async_options(settings: JobsSettings) -> dict[str, Any]:
         "decode_responses": True,
         "socket_timeout": settings.socket_timeout_seconds,
         "socket_connect_timeout": min(3.0, settings.socket_timeout_seconds),
-        "health_check_interval": 25,
     }
