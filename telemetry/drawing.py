@@ -29,7 +29,10 @@ _UNSET = Status()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedSpan:
-    """Of kind INTERNAL. Stamps are Unix nanoseconds; one that would end before its start has no length."""
+    """Of kind INTERNAL. Stamps are Unix nanoseconds; one that would end before its start has no length.
+
+    Sequences among the attributes are tuples, which nobody changes until they are sent.
+    """
 
     name: str
     start_ns: int
@@ -86,20 +89,22 @@ class DrawingTracerProvider(TracerProvider):
         span: FinishedSpan,
         attributes: Mapping[str, AttributeValue] | None,
     ) -> ReadableSpan:
-        """`attributes` are those that the sampler left."""
-        limits = self._limits
-        bounded = BoundedAttributes(
-            limits.max_span_attributes, attributes, max_value_len=limits.max_span_attribute_length
-        )
         return ReadableSpan(
             name=span.name,
             context=own,
             parent=parent,
             resource=self.resource,
-            attributes=bounded,
+            attributes=self._bounded(attributes or {}),
             links=span.links,
             status=span.status,
             start_time=span.start_ns,
             end_time=max(span.start_ns, span.end_ns),
             instrumentation_scope=_SCOPE,
         )
+
+    def _bounded(self, attributes: Mapping[str, AttributeValue]) -> Mapping[str, AttributeValue]:
+        """As many and as long as the operator allows; their types are as declared and need no cleaning."""
+        num_allowed, length = self._limits.max_span_attributes, self._limits.max_span_attribute_length
+        if length is None and (num_allowed is None or len(attributes) <= num_allowed):
+            return dict(attributes)
+        return BoundedAttributes(num_allowed, attributes, max_value_len=length)

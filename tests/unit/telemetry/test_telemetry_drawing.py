@@ -28,7 +28,7 @@ FINISHED = FinishedSpan(
     name="claim",
     start_ns=5,
     end_ns=9,
-    attributes={"job.id": "abcdef", "reasons": ["stop", "length"], "count": 3, "is": True},
+    attributes={"job.id": "abcdef", "reasons": ("stop", "length"), "count": 3, "is": True},
     links=[LINK],
     status=Status(StatusCode.ERROR),
 )
@@ -52,12 +52,14 @@ def wire(exporter: InMemorySpanExporter) -> list[WireSpan]:
 
 @pytest.mark.parametrize("sampler", ["parentbased_always_on", "always_off", "always_on", "traceidratio"])
 @pytest.mark.parametrize("span", [FINISHED, PLAIN])
-@pytest.mark.parametrize("limits", [{}, {"OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT": "3"}])
+@pytest.mark.parametrize(
+    "limits", [{}, {"OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT": "3"}, {"OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "3"}]
+)
 def test_drawn_span_equals_the_sdk_s_whatever_its_parent_and_sampler(
     sampler: str, span: FinishedSpan, limits: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", sampler)
-    for name, value in (limits | {"OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "3"}).items():
+    for name, value in limits.items():
         monkeypatch.setenv(name, value)
     contexts = [below(0), below(1), below(2), below(3), below(1, is_remote=True)]
     contexts.append(below(3, state=TraceState([("vendor", "x")])))
