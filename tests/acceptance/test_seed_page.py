@@ -80,6 +80,7 @@ def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             environ["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = "http/protobuf"
             environ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"] = receiver.http_endpoint
             environ |= {"OTEL_METRICS_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"}
+            environ["OTEL_BSP_SCHEDULE_DELAY"] = "1000"  # as ours is; the launcher's own is 5 s
             launcher = (str(LAUNCHER),)
         folder = tmp_path_factory.mktemp("traced")
         stack = RunningStack(folder, launcher=launcher, environ=environ)
