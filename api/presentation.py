@@ -71,7 +71,7 @@ def as_submitted(new: NewJob) -> Job:
 
 def completion_object(job: Job, result: JobResult, trace_links: TraceLinks) -> CompletionObject:
     """OpenAI's shape, with the job's timings and trace; choices are numbered through all prompts."""
-    choices = [choice for item in result.items for choice in item.choices]
+    choices = [(choice, item.prompt_logprobs) for item in result.items for choice in item.choices]
     return CompletionObject(
         id=f"cmpl-{job.id}",
         created=int(job.created_at),
@@ -83,8 +83,9 @@ def completion_object(job: Job, result: JobResult, trace_links: TraceLinks) -> C
                 logprobs=choice.logprobs,
                 finish_reason=choice.finish_reason,
                 stop_reason=choice.stop_reason,
+                prompt_logprobs=prompt_logprobs,
             )
-            for index, choice in enumerate(choices)
+            for index, (choice, prompt_logprobs) in enumerate(choices)
         ],
         usage=usage_object(result.usage),
         timings=job.timings,

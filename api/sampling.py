@@ -27,6 +27,7 @@ FIELDS = (
     "stop_token_ids",
     "ignore_eos",
     "logprobs",
+    "prompt_logprobs",
     "echo",
     "include_stop_str_in_output",
     "skip_special_tokens",
@@ -74,8 +75,9 @@ def check_options(body: CompletionBody, card: ModelCard) -> None:
     if body.max_tokens == 0 and not body.echo:
         raise InvalidRequest("max_tokens", 0, "must be at least 1, unless echo is true")
     _check_width(body, card)
-    if body.logprobs is not None and body.logprobs > card.max_logprobs:
-        raise InvalidRequest("logprobs", body.logprobs, f"must be at most {card.max_logprobs}")
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(body, name) or 0) > card.max_logprobs:
+            raise InvalidRequest(name, getattr(body, name), f"must be at most {card.max_logprobs}")
     _check_vocabulary("stop_token_ids", body.stop_token_ids or (), card)
     _check_vocabulary("logit_bias", tuple(body.logit_bias or ()), card)
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from jobs.model import Priority, Timings, TokenLogprobs
+from jobs.model import Priority, PromptLogprobs, Timings, TokenLogprobs
 from jobs.states import JobState
 
 DEFAULT_MAX_TOKENS = 16
@@ -129,6 +129,7 @@ class CompletionBody(BaseModel):
     stop_token_ids: Annotated[tuple[TokenId, ...], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     ignore_eos: bool | None = None
     logprobs: Annotated[int, Field(ge=0)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -181,6 +182,8 @@ class CompletionChoice(BaseModel):
     logprobs: TokenLogprobs | None
     finish_reason: Literal["stop", "length"]
     stop_reason: int | str | None
+    prompt_logprobs: PromptLogprobs | None
+    """Of its prompt, where the client asked for them; vLLM's addition."""
 
 
 class CompletionObject(BaseModel):

@@ -31,7 +31,7 @@ from engine.outputs import (
     Usage,
 )
 from engine.progress import BeamProgress, RequestProgress, SampledProgress
-from engine.sampler import SamplerRow, most_probable, sample, score
+from engine.sampler import SamplerRow, most_probable, rank, sample, score
 from engine.sampling import SamplingParams
 from engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
 from engine.sequence import Request
@@ -321,7 +321,9 @@ class Engine:
             offset = first_row - entry.start
             logits = self._runner.logits(hidden, range(start + offset, end + offset))
             targets = sequence.token_ids[start + 1 : end + 1]
-            progress.prompt_logprobs += score(logits, targets, progress.params.logprobs or 0)
+            progress.prompt_logprobs += score(logits, targets, progress.params.num_prompt_tops)
+            if progress.params.prompt_logprobs is not None:
+                progress.prompt_ranks += rank(logits, targets)
 
     def _finish_sequence(self, progress: RequestProgress, sequence: TokenSequence, at: float) -> None:
         self._scheduler.finish_sequence(progress.request, sequence)

@@ -46,6 +46,20 @@ class Logprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprob:
+    """Of one token in the place of a prompt's, as vLLM tells it.
+
+    Attributes:
+        rank: 1 for the most probable token of the vocabulary there.
+        decoded_token: Its text.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """One finished sequence.
 
@@ -79,11 +93,18 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
+    """Attributes:
+    prompt_logprobs: For each token of the prompt, the token itself and the most probable ones by their
+        ids; `None` for the first, which nothing stands before, and where they were not asked for. Of an
+        aborted request those that were computed.
+    """
+
     request_id: str
     completions: tuple[Completion, ...]
     usage: Usage
     phases: RequestPhases
     error: str | None = None
+    prompt_logprobs: tuple[dict[int, PromptLogprob] | None, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

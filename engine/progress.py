@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from engine.beam import BeamSearch, Candidate, Ending, FinishedBeam
 from engine.detokenizer import IncrementalDetokenizer
 from engine.forbidden import ForbiddenTokens
-from engine.outputs import Completion, FinishReason, Logprobs, RequestOutput, TokenDelta, Usage
+from engine.outputs import Completion, FinishReason, Logprobs, PromptLogprob, RequestOutput, TokenDelta, Usage
 from engine.sampling import SamplingParams
 from engine.sequence import Request, Sequence, TokenLogprob
 from engine.stats import PhaseRecorder
 from engine.structured import Guide
-from engine.text import SequenceText, TokenTexts, render_logprobs
+from engine.text import SequenceText, TokenTexts, render_logprobs, render_prompt_logprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class RequestProgress(ABC):
     Attributes:
         phases: The request's stamps.
         prompt_logprobs: Of the prompt's tokens from the second on, as far as they are computed.
+        prompt_ranks: Of the same, where `prompt_logprobs` were asked for.
         error: Why the request as a whole has failed.
     """
 
@@ -50,6 +51,7 @@ class RequestProgress(ABC):
         self.request = request
         self.phases = PhaseRecorder(arrived_at)
         self.prompt_logprobs: list[TokenLogprob] = []
+        self.prompt_ranks: list[int] = []
         self.error: str | None = None
         self._texts = texts
         root = request.sequences[0]
@@ -97,7 +99,15 @@ class RequestProgress(ABC):
             ),
             phases=self.phases.finish(at),
             error=self.error,
+            prompt_logprobs=self._told_prompt_logprobs(),
         )
+
+    def _told_prompt_logprobs(self) -> tuple[dict[int, PromptLogprob] | None, ...] | None:
+        num_tops = self.params.prompt_logprobs
+        if num_tops is None:
+            return None
+        pairs = zip(self.prompt_logprobs, self.prompt_ranks, strict=True)
+        return (None, *(render_prompt_logprob(self._texts, *pair, num_tops) for pair in pairs))
 
     def _echoed_text(self, prompt_text: str | None) -> str:
         if not self.params.echo:
@@ -154,7 +164,9 @@ class RequestProgress(ABC):
         if not self.params.echo:
             return render_logprobs(self._texts, entries, token_ids, text.offsets)
         # An aborted prefill leaves only part of the prompt's log-probabilities.
-        prompt_entries = [None, *self.prompt_logprobs]
+        num_tops = self.params.logprobs or 0
+        shown = (replace(entry, top=entry.top[:num_tops]) for entry in self.prompt_logprobs)
+        prompt_entries = [None, *shown]
         num_prompt = len(prompt_entries)
         return render_logprobs(
             self._texts,

@@ -94,6 +94,14 @@ def score(logits: Tensor, token_ids: SequenceOf[int], num_top: int) -> list[Toke
 
 
 @torch.inference_mode()
+def rank(logits: Tensor, token_ids: SequenceOf[int]) -> list[int]:
+    """The place of a given token in each row, 1 for the most probable one."""
+    chosen = logits.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])
+    ranks: list[int] = ((logits > chosen).sum(dim=-1) + 1).tolist()
+    return ranks
+
+
+@torch.inference_mode()
 def most_probable(
     logits: Tensor, num_top: int, forbidden: SequenceOf[frozenset[int]] = ()
 ) -> list[list[tuple[int, float]]]:

@@ -54,6 +54,8 @@ class SamplingParams:
         stop_token_ids: Tokens that end a sequence, beside the model's own.
         ignore_eos: The model's own end-of-sequence tokens do not end a sequence.
         logprobs: Return the log-probability of each token and of this many most probable ones.
+        prompt_logprobs: Return for each token of the prompt its log-probability and rank, and this many most
+            probable ones in its place.
         echo: The prompt comes before the completion, with its log-probabilities if those are asked for.
         bad_words: Texts that no output may hold, as far as one run of tokens spells them: that of the word at
             the beginning of a text, or of the word after a space.
@@ -82,6 +84,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     echo: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
@@ -125,7 +128,12 @@ class SamplingParams:
 
     @property
     def needs_prompt_logprobs(self) -> bool:
-        return self.echo and self.logprobs is not None
+        return self.prompt_logprobs is not None or (self.echo and self.logprobs is not None)
+
+    @property
+    def num_prompt_tops(self) -> int:
+        """Most probable tokens wanted in the place of each of the prompt's."""
+        return max(self.prompt_logprobs or 0, (self.logprobs or 0) if self.echo else 0)
 
     def _check_lengths(self) -> None:
         _check_int("max_tokens", self.max_tokens, 0 if self.echo else 1, None)
@@ -135,6 +143,8 @@ class SamplingParams:
             _check_int("best_of", self.best_of, self.n, MAX_SEQUENCES_PER_REQUEST)
         if self.logprobs is not None:
             _check_int("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_TOP_LOGPROBS)
 
     def _check_distribution(self) -> None:
         _check_float("temperature", self.temperature, 0.0, None)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from engine.detokenizer import Decoder, IncrementalDetokenizer
 from engine.forbidden import Encoder
-from engine.outputs import Logprobs
+from engine.outputs import Logprobs, PromptLogprob
 from engine.sampling import SamplingParams
 from engine.sequence import TokenLogprob
 from engine.stop import StopMatcher
@@ -92,3 +92,18 @@ def _render_top(texts: TokenTexts, entry: TokenLogprob) -> dict[str, float]:
         # Two tokens can have one text (parts of characters do): the more probable one keeps it.
         rendered.setdefault(texts.id_to_token_text(token_id), logprob)
     return rendered
+
+
+def render_prompt_logprob(
+    texts: TokenTexts, entry: TokenLogprob, rank: int, num_tops: int
+) -> dict[int, PromptLogprob]:
+    """The token itself first, then the most probable ones."""
+    ranked = [(entry.token_id, entry.logprob, rank)]
+    tops = enumerate(entry.top[:num_tops], start=1)
+    ranked += [
+        (token_id, logprob, place) for place, (token_id, logprob) in tops if token_id != entry.token_id
+    ]
+    return {
+        token_id: PromptLogprob(logprob, place, texts.id_to_token_text(token_id))
+        for token_id, logprob, place in ranked
+    }

@@ -62,6 +62,18 @@ class TokenLogprobs(Document):
     text_offset: tuple[int, ...]
 
 
+class PromptLogprob(Document):
+    """vLLM's: of one token in the place of a prompt's; rank 1 is the most probable one."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = tuple[dict[int, PromptLogprob] | None, ...]
+"""For each token of a prompt: itself and the most probable ones by their ids; None for the first."""
+
+
 class Choice(Document):
     index: int
     """Within its prompt, from 0."""
@@ -86,6 +98,7 @@ class ItemResult(Document):
 
     choices: tuple[Choice, ...]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class JobResult(Document):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.outputs import Completion, Logprobs, RequestOutput
+from engine.outputs import PromptLogprob as TokenScore
 from engine.stats import PhaseName, RequestPhases
-from jobs.model import Choice, ItemResult, JobResult, Timings, TokenLogprobs, Usage
+from jobs.model import Choice, ItemResult, JobResult, PromptLogprob, Timings, TokenLogprobs, Usage
 
 LOWEST_LOGPROB = -9999.0
 """What minus infinity is told as; JSON has no word for it. OpenAI's and vLLM's value."""
@@ -33,7 +34,24 @@ def _item(output: RequestOutput) -> ItemResult:
         completion_tokens=output.usage.completion_tokens,
         cached_tokens=output.usage.cached_tokens,
     )
-    return ItemResult(choices=tuple(map(_choice, output.completions)), usage=usage)
+    return ItemResult(
+        choices=tuple(map(_choice, output.completions)),
+        usage=usage,
+        prompt_logprobs=None
+        if output.prompt_logprobs is None
+        else tuple(map(_place, output.prompt_logprobs)),
+    )
+
+
+def _place(tokens: dict[int, TokenScore] | None) -> dict[int, PromptLogprob] | None:
+    if tokens is None:
+        return None
+    return {
+        token_id: PromptLogprob(
+            logprob=max(token.logprob, LOWEST_LOGPROB), rank=token.rank, decoded_token=token.decoded_token
+        )
+        for token_id, token in tokens.items()
+    }
 
 
 def _choice(completion: Completion) -> Choice:

@@ -28,6 +28,9 @@ from jobs.model import (
     JobRequest,
     JobResult,
     NewJob,
+    Prompt,
+    PromptLogprob,
+    PromptLogprobs,
     Usage,
     WorkerId,
     new_lease_token,
@@ -75,10 +78,19 @@ def answer(request: JobRequest) -> Settlement:
                 for index in range(num_choices)
             ),
             usage=Usage(prompt_tokens=len(prompt.token_ids), completion_tokens=2 * num_choices),
+            prompt_logprobs=_places(prompt) if "prompt_logprobs" in request.sampling else None,
         )
         for prompt in request.prompts
     )
     return Settlement(JobState.COMPLETED, result=JobResult(items=items))
+
+
+def _places(prompt: Prompt) -> PromptLogprobs:
+    """As if each token were the most probable one."""
+    places = [
+        {token_id: PromptLogprob(logprob=-0.5, rank=1, decoded_token="x")} for token_id in prompt.token_ids
+    ]
+    return (None, *places[1:])
 
 
 class Backend(MemoryStore):

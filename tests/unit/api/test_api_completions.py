@@ -35,6 +35,7 @@ async def test_completion_has_openais_shape_when_the_seeds_client_asks(api: Any,
         "logprobs": None,
         "finish_reason": "length",
         "stop_reason": None,
+        "prompt_logprobs": None,
     }
     assert api.backend.created[-1].request.sampling == {
         "max_tokens": 10,
@@ -43,6 +44,20 @@ async def test_completion_has_openais_shape_when_the_seeds_client_asks(api: Any,
         "temperature": 0.0,
     }
     assert api.backend.created[-1].queue == "house/bytes.interactive"
+
+
+async def test_completion_has_the_prompts_logprobs_in_each_choice(api: Any, answers: Any) -> None:
+    api.backend.settles_at_once = answers
+    body = {"model": SEED_PAYLOAD["model"], "prompt": ["ab", "c"], "n": 2, "prompt_logprobs": 0}
+
+    reply = await api.client.post("/v1/completions", json=body)
+
+    assert reply.status_code == 200
+    found = [choice["prompt_logprobs"] for choice in reply.json()["choices"]]
+    second = api.backend.created[-1].request.prompts[0].token_ids[1]
+    place = {str(second): {"logprob": -0.5, "rank": 1, "decoded_token": "x"}}
+    assert found[:2] == [[None, place]] * 2
+    assert found[2:] == [[None]] * 2
 
 
 async def test_completion_carries_every_id_in_its_headers(api: Any, answers: Any) -> None:

@@ -404,3 +404,48 @@ def test_engine_counts_no_position_table_as_parameters(llama_folder: Path) -> No
     reference = transformers.AutoModelForCausalLM.from_pretrained(llama_folder)
 
     assert make_engine(llama_folder).model_info.num_parameters == reference.num_parameters()
+
+
+@pytest.mark.parametrize("prompt_size", [1, 70])
+def test_engine_gives_prompt_logprobs_and_ranks_of_transformers(
+    opt_folder: Path, opt_reference: transformers.PreTrainedModel, prompt_size: int
+) -> None:
+    prompt = random_prompt(prompt_size)
+    params = replace(GREEDY, max_tokens=2, prompt_logprobs=3)
+    engine = make_engine(opt_folder)
+
+    run = generate(engine, {"r": (prompt, params), "plain": (prompt, GREEDY)})
+
+    found = run.outputs["r"].prompt_logprobs
+    assert run.outputs["plain"].prompt_logprobs is None
+    assert run.outputs["r"].completions[0].logprobs is None
+    assert found is not None
+    assert found[0] is None
+    assert len(found) == prompt_size
+    with torch.inference_mode():
+        expected = torch.log_softmax(opt_reference(torch.tensor([prompt])).logits[0].float(), dim=-1)
+    for place, row, token_id in zip(found[1:], expected, prompt[1:], strict=False):
+        assert place is not None
+        assert next(iter(place)) == token_id
+        assert place[token_id].rank == int((row > row[token_id]).sum()) + 1
+        assert set(place) == {token_id, *row.topk(3).indices.tolist()}
+        for other, told in place.items():
+            assert told.logprob == pytest.approx(float(row[other]), abs=1e-4)
+            assert told.rank == row.argsort(descending=True).tolist().index(other) + 1
+            assert told.decoded_token == engine.model_info.tokenizer.id_to_token_text(other)
+
+
+def test_engine_tells_echoed_and_prompt_logprobs_each_as_many_as_asked_for(opt_folder: Path) -> None:
+    params = replace(GREEDY, max_tokens=2, echo=True, logprobs=1, prompt_logprobs=4, n=2)
+
+    run = generate(
+        make_engine(opt_folder, num_blocks=20), {str(i): (random_prompt(30), params) for i in "ab"}
+    )
+
+    for output in run.outputs.values():
+        assert output.prompt_logprobs is not None
+        assert len(output.prompt_logprobs) == 30
+        assert all(len(place) in (4, 5) for place in output.prompt_logprobs if place is not None)
+        for completion in output.completions:
+            assert completion.logprobs is not None
+            assert all(len(top) <= 2 for top in completion.logprobs.top_logprobs if top is not None)

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from engine.outputs import Completion, Logprobs, RequestOutput, Usage
+from engine.outputs import Completion, Logprobs, PromptLogprob, RequestOutput, Usage
 from engine.stats import PhaseInterval, RequestPhases
 from jobs.model import JobResult
 from workers.result import LOWEST_LOGPROB, AttemptStamps, job_result, job_timings
@@ -68,3 +69,16 @@ def test_impossible_tokens_survive_storage() -> None:
     assert read is not None
     assert read.token_logprobs == (None, LOWEST_LOGPROB)
     assert read.top_logprobs == (None, {"b": LOWEST_LOGPROB, "c": -0.5})
+
+
+def test_prompt_logprobs_survive_storage() -> None:
+    places = (None, {7: PromptLogprob(-math.inf, 9, " x"), 3: PromptLogprob(-0.5, 1, "y")})
+
+    stored = job_result((replace(output(), prompt_logprobs=places),)).model_dump_json(exclude_none=True)
+
+    read = JobResult.model_validate_json(stored).items[0].prompt_logprobs
+    assert read is not None
+    assert read[0] is None
+    assert read[1] is not None
+    assert read[1][7].model_dump() == {"logprob": LOWEST_LOGPROB, "rank": 9, "decoded_token": " x"}
+    assert list(read[1]) == [7, 3]
