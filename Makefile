@@ -1,6 +1,7 @@
 # One command a chore. Everything but `setup`, `clean` and `help` installs first, which costs nothing the second time.
 #   PYTHON=python3.12 chooses the interpreter, ARGS="..." adds arguments to demo, up, test, chaos and bench.
 VENV ?= .venv
+TEST_PROCESSES ?= 3
 BIN = $(VENV)/bin
 BOOTSTRAP = VENV="$(VENV)" sh scripts/bootstrap.sh
 
@@ -19,8 +20,8 @@ demo: setup ## see it work: stack, jobs, completions, one trace
 up: setup ## keep the stack running on 127.0.0.1:8000 until Ctrl-C
 	@$(BIN)/throughline up $(ARGS)
 
-test: setup ## run all tests
-	@$(BIN)/python -m pytest -q $(ARGS)
+test: setup ## run all tests, several files at a time (TEST_PROCESSES=0: one after the other)
+	@$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
 
 check: ## lint, format, types, import contracts, shell scripts, containers
 	@$(BOOTSTRAP) check
