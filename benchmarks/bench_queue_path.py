@@ -30,8 +30,8 @@ from rich.table import Table
 from engine import builtin
 from engine.config import EngineConfig
 from engine.sampling import SamplingParams
-from workers.child_runtime import ChildRuntime
-from workers.protocol import EngineRequest
+from workers.engines.child_runtime import ChildRuntime
+from workers.engines.protocol import EngineRequest
 
 PROMPT_TOKEN_IDS = tuple(range(300, 310))
 MAX_TOKENS = 16

@@ -56,7 +56,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 ROLES = {
     "api": "cli api",
     "worker": "workers.main worker",
-    "engine": "workers.engine_process",
+    "engine": "workers.engines.engine_process",
     "valkey": "valkey-server",
 }
 

@@ -17,8 +17,8 @@ from jobs.queue import ENQUEUED_AT_HEADER, GENERATE, create_celery, declare_queu
 from jobs.settings import JobsSettings, Settings, read_settings
 from telemetry import log
 from telemetry.celery import creation_context
-from workers.attempt import Verdict
-from workers.broker_connection import SteadyConnection
+from workers.attempts.attempt import Verdict
+from workers.broker.connection import SteadyConnection
 from workers.delivery import Delivery
 from workers.errors import EngineStartError
 from workers.pool import EnginePool

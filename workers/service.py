@@ -33,20 +33,20 @@ from telemetry.celery import instrument_celery
 from telemetry.meter import Metrics, build_metrics, shut_down
 from telemetry.metrics_port import MetricsPort, open_port
 from telemetry.setup import Telemetry, configure
-from workers import channel
-from workers.attempt import AttemptRunner, Verdict
-from workers.child_runtime import ChildRuntime
+from workers.attempts.attempt import AttemptRunner, Verdict
+from workers.attempts.holding import Holding
+from workers.attempts.measure import SILENT, WorkerMetrics
+from workers.attempts.observe import AttemptObserver
+from workers.broker import channel
+from workers.broker.message_lease import HeldMessages
+from workers.broker.reconcile import Reconciler
 from workers.delivery import Delivery
-from workers.holding import Holding
-from workers.inline_runtime import InlineRuntime
-from workers.measure import SILENT, WorkerMetrics
-from workers.message_lease import HeldMessages
-from workers.observe import AttemptObserver
-from workers.protocol import ModelFacts, StepTally
-from workers.reconcile import Reconciler
-from workers.runtime import Runtime
+from workers.engines.child_runtime import ChildRuntime
+from workers.engines.inline_runtime import InlineRuntime
+from workers.engines.protocol import ModelFacts, StepTally
+from workers.engines.runtime import Runtime
+from workers.engines.steps import StepTracer
 from workers.settings import WorkerSettings
-from workers.steps import StepTracer
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from engine import builtin
-from workers.protocol import StepSampling
+from workers.engines.protocol import StepSampling
 
 SEED_MODEL = "facebook/opt-125m"
 """The built-in model answers to this name too, so that the client of vLLM's tracing page works as it is."""

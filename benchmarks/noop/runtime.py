@@ -11,12 +11,12 @@ from time import monotonic
 from engine import builtin
 from engine.outputs import Completion, RequestOutput, Usage
 from engine.stats import PhaseInterval, RequestPhases, StepStats
-from workers.protocol import EngineRequest, ModelFacts
-from workers.runtime import Generation, GenerationTable
+from workers.engines.protocol import EngineRequest, ModelFacts
+from workers.engines.runtime import Generation, GenerationTable
 
 
 class NoOpRuntime:
-    """`workers.runtime.Runtime`: every request is answered after its `max_tokens` times `token_seconds`."""
+    """A `Runtime` in which every request is answered after its `max_tokens` times `token_seconds`."""
 
     def __init__(self, token_seconds: float = 0.0) -> None:
         self._token_seconds = token_seconds

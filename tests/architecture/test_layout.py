@@ -50,7 +50,9 @@ def _modules_after(code: str) -> set[str]:
 
 def test_worker_parent_loads_no_torch() -> None:
     """The engine's process does; the parent that holds the leases stays small and never blocks on it."""
-    loaded = _modules_after("import workers.service, workers.attempt, workers.runtime, workers.pool")
+    loaded = _modules_after(
+        "import workers.service, workers.attempts.attempt, workers.engines.runtime, workers.pool"
+    )
 
     assert not loaded & {"torch", "transformers", "cuda_ops"}
 

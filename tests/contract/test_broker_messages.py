@@ -19,7 +19,7 @@ from jobs.settings import JobsSettings
 from jobs.store import SettleOutcome
 from tests.support.job_factory import NOW, completed, new_job
 from tests.support.valkey import valkey_server
-from workers.channel import MessageTaker
+from workers.broker.channel import MessageTaker
 
 FIRST, SECOND = "model.interactive", "model.batch"
 

@@ -193,7 +193,7 @@ def test_up_is_refused_in_one_line_when_the_state_folder_is_held(stack: RunningS
 
 
 def test_up_serves_again_when_its_worker_was_killed(stack: RunningStack) -> None:
-    engines = stack.pids_of("workers.engine_process")
+    engines = stack.pids_of("workers.engines.engine_process")
     (worker,) = [pid for pid in stack.pids_of("workers.main") if os.getpgid(pid) == pid]
 
     os.kill(worker, signal.SIGKILL)
@@ -221,7 +221,7 @@ def test_up_leaves_nothing_when_interrupted_after_redis_was_killed(stack: Runnin
 
 def test_up_leaves_nothing_when_it_is_killed_itself(tmp_path: Path) -> None:
     with running_stack(tmp_path) as stack:
-        stack.wait(lambda: stack.pids_of("workers.engine_process") != [], "an engine process", 90)
+        stack.wait(lambda: stack.pids_of("workers.engines.engine_process") != [], "an engine process", 90)
 
         stack.process.kill()
 

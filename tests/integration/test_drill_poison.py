@@ -19,7 +19,7 @@ NUM_INNOCENT = 20
 MAX_ATTEMPTS = 1
 """Of the poisonous job; each attempt costs an engine's start."""
 TIMES_IN_COMPANY = 2
-"""Once with everybody, once with seven others: see workers/company.py."""
+"""Once with everybody, once with seven others: see workers/attempts/company.py."""
 
 
 @pytest.fixture(scope="module")

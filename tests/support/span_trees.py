@@ -40,7 +40,7 @@ SERVICES = {
     ONE_SERVICE: "server",
 }
 Protocol = Literal["grpc", "http/protobuf"]
-WORKER, ENGINE = "workers.main", "workers.engine_process"
+WORKER, ENGINE = "workers.main", "workers.engines.engine_process"
 
 
 def drawn(spans: list[SpanRecord]) -> str:

@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import Any
 
-ENGINE_PROCESS = "workers.engine_process"
+ENGINE_PROCESS = "workers.engines.engine_process"
 
 
 def _kill(victim: str) -> None:

@@ -20,7 +20,7 @@ from engine.admission import ModelInfo, check_request
 from engine.sampling import SamplingParams, StructuredOutput
 from jobs.model import Prompt
 from jobs.registry import ModelCard
-from workers.attempt import sampling_params
+from workers.attempts.attempt import sampling_params
 
 CARD = ModelCard(
     name="m",

@@ -13,13 +13,13 @@ from jobs.memory_store import MemoryStore
 from jobs.model import JobId, WorkerId
 from jobs.states import JobState
 from tests.support.job_factory import NOW, new_job
-from workers.attempt import AttemptRunner, Verdict, sampling_params
+from workers.attempts.attempt import AttemptRunner, Verdict, sampling_params
+from workers.attempts.holding import Holding
+from workers.attempts.observe import AttemptObserver
 from workers.delivery import Delivery
+from workers.engines.protocol import EngineRequest, ModelFacts
+from workers.engines.runtime import Generation
 from workers.errors import EngineLost
-from workers.holding import Holding
-from workers.observe import AttemptObserver
-from workers.protocol import EngineRequest, ModelFacts
-from workers.runtime import Generation
 
 WORKER = WorkerId("w1")
 

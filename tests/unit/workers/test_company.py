@@ -7,7 +7,7 @@ from concurrent.futures import Future
 import pytest
 
 from tests.support.processes import wait_until
-from workers.company import ALONE, COMPANY_OF_SUSPECTS, FRESH, SUSPECT, Company, Grade, grade_of
+from workers.attempts.company import ALONE, COMPANY_OF_SUSPECTS, FRESH, SUSPECT, Company, Grade, grade_of
 
 
 class Guest:

@@ -8,8 +8,8 @@ import pytest
 from jobs.memory_store import MemoryStore
 from jobs.model import JobId, WorkerId, new_lease_token
 from tests.support.job_factory import NOW, new_job
+from workers.attempts.holding import HeldJob, Holding
 from workers.errors import AttemptEnded, CancelWished, DeadlinePassed, LeaseLost
-from workers.holding import HeldJob, Holding
 
 WORKER = WorkerId("w1")
 

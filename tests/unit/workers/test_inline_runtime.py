@@ -8,9 +8,9 @@ import pytest
 from engine.config import EngineConfig
 from engine.sampling import SamplingParams
 from tests.support.model_folders import make_model_folder
+from workers.engines.inline_runtime import InlineRuntime
+from workers.engines.protocol import EngineRequest
 from workers.errors import EngineRefused, EngineStartError
-from workers.inline_runtime import InlineRuntime
-from workers.protocol import EngineRequest
 
 
 def request(id: str, *, length: int = 5, **params: object) -> EngineRequest:

@@ -18,11 +18,11 @@ from jobs.states import JobState
 from jobs.store import Claim, ClaimOutcome, LostAttempt, RenewOutcome, Settlement, SettleOutcome
 from telemetry import metrics
 from tests.support.job_factory import MODEL, NOW, completed, failed, new_job
+from workers.attempts.holding import HeldJob, Holding
+from workers.attempts.measure import WorkerMetrics
 from workers.delivery import Delivery
+from workers.engines.protocol import StepTally
 from workers.errors import AttemptEnded
-from workers.holding import HeldJob, Holding
-from workers.measure import WorkerMetrics
-from workers.protocol import StepTally
 
 QUEUE = queue_name(MODEL, "interactive")
 SHAPES = {shape.name: shape for shape in metrics.METRICS}

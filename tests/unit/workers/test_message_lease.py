@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from workers.message_lease import HeldMessages
+from workers.broker.message_lease import HeldMessages
 
 
 @dataclass

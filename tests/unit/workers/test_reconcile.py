@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from jobs.ledger import LostJob
 from jobs.memory_store import MemoryStore
 from jobs.model import JobId, WorkerId
-from workers.reconcile import SHORT_TIMES, Reconciler
+from workers.broker.reconcile import SHORT_TIMES, Reconciler
 
 LOST = LostJob(JobId("job_lost"), "m.batch", None)
 

@@ -8,7 +8,7 @@ import pytest
 from engine.outputs import Completion, Logprobs, PromptLogprob, RequestOutput, Usage
 from engine.stats import PhaseInterval, RequestPhases
 from jobs.model import JobResult
-from workers.result import LOWEST_LOGPROB, AttemptStamps, job_result, job_timings
+from workers.attempts.result import LOWEST_LOGPROB, AttemptStamps, job_result, job_timings
 
 
 def output(

@@ -27,11 +27,11 @@ from jobs.settings import read_settings
 from telemetry import names
 from tests.support.model_folders import make_model_folder
 from tests.support.processes import wait_until
-from workers.inline_runtime import InlineRuntime
-from workers.protocol import EngineRequest, Progress, Refused, StepSampling
-from workers.runtime import Generation
+from workers.engines.inline_runtime import InlineRuntime
+from workers.engines.protocol import EngineRequest, Progress, Refused, StepSampling
+from workers.engines.runtime import Generation
+from workers.engines.steps import UNTRACED, StepTracer
 from workers.settings import WorkerSettings
-from workers.steps import UNTRACED, StepTracer
 
 EVERY_STEP = StepSampling(ratio=1.0)
 

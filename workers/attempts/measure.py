@@ -14,7 +14,7 @@ from jobs.states import JobState
 from jobs.store import Claim, RenewOutcome, Settlement, SettleOutcome
 from telemetry import metrics, names
 from workers.delivery import Delivery
-from workers.protocol import StepTally
+from workers.engines.protocol import StepTally
 
 Attributes = Mapping[str, str]
 

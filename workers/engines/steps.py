@@ -20,7 +20,7 @@ from opentelemetry.trace import SpanContext, Tracer
 from engine.stats import StepStats
 from telemetry import steps
 from telemetry.spans import wall_ns
-from workers.protocol import EngineRequest, Progress, StepSampling
+from workers.engines.protocol import EngineRequest, Progress, StepSampling
 
 logger = logging.getLogger(__name__)
 

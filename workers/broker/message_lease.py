@@ -19,7 +19,7 @@ from celery import bootsteps, signals
 from celery.worker import state
 from kombu.transport.redis import Channel
 
-from workers.event_pace import EventPace
+from workers.broker.event_pace import EventPace
 
 
 class HeldMessages:

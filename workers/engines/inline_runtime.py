@@ -10,15 +10,15 @@ from multiprocessing.connection import Connection
 
 from engine.config import EngineConfig
 from engine.stats import StepStats
-from workers.child_runtime import hang_up
+from workers.engines.child_runtime import hang_up
+from workers.engines.protocol import Abort, Add, EngineRequest, ModelFacts, StepTally
+from workers.engines.runtime import Generation, GenerationTable
+from workers.engines.steps import UNTRACED, StepTracer
 from workers.errors import EngineLost, EngineStartError
-from workers.protocol import Abort, Add, EngineRequest, ModelFacts, StepTally
-from workers.runtime import Generation, GenerationTable
-from workers.steps import UNTRACED, StepTracer
 
 
 class InlineRuntime:
-    """`workers.runtime.Runtime` for debugging."""
+    """`workers.engines.runtime.Runtime` for debugging."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class InlineRuntime:
     def start(self) -> ModelFacts:
         from engine.core import Engine  # torch stays out of workers that keep the engine elsewhere
         from engine.errors import EngineError
-        from workers.engine_process import EngineLoop, model_facts
+        from workers.engines.engine_process import EngineLoop, model_facts
 
         try:
             engine = Engine.from_config(self._config)

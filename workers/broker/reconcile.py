@@ -13,7 +13,7 @@ from jobs.queue import Publisher
 from telemetry.celery import publishing_again
 from telemetry.log import logged_job
 from telemetry.spans import extract
-from workers.measure import SILENT, WorkerMetrics
+from workers.attempts.measure import SILENT, WorkerMetrics
 
 logger = logging.getLogger(__name__)
 

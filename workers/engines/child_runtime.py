@@ -18,8 +18,7 @@ from time import monotonic
 
 from engine.config import EngineConfig
 from engine.stats import StepStats
-from workers.errors import EngineLost, EngineStartError
-from workers.protocol import (
+from workers.engines.protocol import (
     Abort,
     Add,
     EngineRequest,
@@ -31,8 +30,9 @@ from workers.protocol import (
     StartFailed,
     StepTally,
 )
-from workers.runtime import Generation, GenerationTable
-from workers.steps import UNTRACED, StepTracer
+from workers.engines.runtime import Generation, GenerationTable
+from workers.engines.steps import UNTRACED, StepTracer
+from workers.errors import EngineLost, EngineStartError
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ class EngineChild:
     def __init__(self) -> None:
         self._line, theirs = socket.socketpair()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "workers.engine_process", str(theirs.fileno())],
+            [sys.executable, "-m", "workers.engines.engine_process", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             # Threads that spin at a barrier starve the worker and the API beside them, and each other where a

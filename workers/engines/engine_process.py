@@ -1,4 +1,4 @@
-"""The engine's own process: `python -m workers.engine_process FD`.
+"""The engine's own process: `python -m workers.engines.engine_process FD`.
 
 It knows the engine and the pipe, nothing of jobs, Celery or Redis. It ends when the worker closes the
 connection or dies. Signals meant for the worker's process group (Ctrl-C, SIGTERM) are ignored: the
@@ -17,7 +17,7 @@ from engine.core import Engine
 from engine.errors import EngineError
 from engine.outputs import RequestOutput
 from engine.stats import StepStats
-from workers.protocol import (
+from workers.engines.protocol import (
     BEAT_SECONDS,
     Abort,
     Add,

@@ -16,8 +16,8 @@ from jobs.clock import Clock
 from jobs.errors import StoreUnavailable
 from jobs.model import JobId, LeaseToken, WorkerId
 from jobs.store import AttemptStore, RenewOutcome
+from workers.attempts.measure import SILENT, WorkerMetrics
 from workers.errors import AttemptEnded, CancelWished, DeadlinePassed, LeaseLost
-from workers.measure import SILENT, WorkerMetrics
 
 logger = logging.getLogger(__name__)
 

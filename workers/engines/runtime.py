@@ -3,8 +3,8 @@
     task thread ──submit──▶ Runtime ──Add──▶ engine
                  ◀─future──  reader thread ◀─Progress─
 
-`workers.child_runtime` keeps the engine in a process of its own and replaces it when it dies;
-`workers.inline_runtime` runs the same loop on a thread, for tests and debugging.
+`workers.engines.child_runtime` keeps the engine in a process of its own and replaces it when it dies;
+`workers.engines.inline_runtime` runs the same loop on a thread, for tests and debugging.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Protocol
 
 from engine.outputs import RequestOutput
 from engine.stats import StepStats
+from workers.engines.protocol import EngineRequest, ModelFacts, Refused
+from workers.engines.steps import TracedRequest
 from workers.errors import EngineRefused
-from workers.protocol import EngineRequest, ModelFacts, Refused
-from workers.steps import TracedRequest
 
 
 @dataclass(frozen=True, slots=True)

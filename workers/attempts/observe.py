@@ -20,10 +20,10 @@ from jobs.model import Failure, JobId, JobRequest
 from jobs.states import JobState
 from jobs.store import Claim, ClaimOutcome, Settlement, SettleOutcome
 from telemetry import spans
+from workers.attempts.measure import SILENT, WorkerMetrics
 from workers.delivery import Delivery
-from workers.measure import SILENT, WorkerMetrics
+from workers.engines.steps import TracedRequest
 from workers.settings import DEFAULT_ITEM_SPANS
-from workers.steps import TracedRequest
 
 logger = logging.getLogger(__name__)
 

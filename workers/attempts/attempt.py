@@ -32,15 +32,15 @@ from jobs.states import JobState
 from jobs.store import AttemptStore, Claim, ClaimOutcome, Settlement, SettleOutcome
 from telemetry.log import logged_job
 from telemetry.spans import traceparent
-from workers.company import Company, Place, grade_of
+from workers.attempts.company import Company, Place, grade_of
+from workers.attempts.holding import HeldJob, Holding
+from workers.attempts.observe import AttemptObserver, HandOver
+from workers.attempts.result import AttemptStamps, job_result, job_timings
 from workers.delivery import Delivery
+from workers.engines.protocol import EngineRequest
+from workers.engines.runtime import Generation, Runtime
 from workers.errors import CancelWished, DeadlinePassed, EngineLost, EngineRefused, LeaseLost
-from workers.holding import HeldJob, Holding
-from workers.observe import AttemptObserver, HandOver
 from workers.pool import JobStopped, TaskHandle, current_handle
-from workers.protocol import EngineRequest
-from workers.result import AttemptStamps, job_result, job_timings
-from workers.runtime import Generation, Runtime
 
 logger = logging.getLogger(__name__)
 
