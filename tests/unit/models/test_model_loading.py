@@ -179,7 +179,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "config no object": (lambda f: (f / "config.json").write_text("[]"), "must hold a JSON object"),
     "architecture": (
         set_field(architectures=["BertModel"]),
-        r"architectures=\['BertModel'\] is not supported, these are: OPTForCausalLM, GPT2LMHeadModel, Llama",
+        r"architectures=\['BertModel'\] is not supported, these are: OPTForCausalLM, GPT2LMHeadModel, Gemma3",
     ),
     "no architecture": (set_field(architectures=None), r"architectures=\[\] is not supported"),
     "size missing": (set_field(hidden_size=None), r"config\.json: hidden_size is missing"),
