@@ -18,7 +18,7 @@ STAMP_NS = 1_000_000
 UNNAMED_NS = 2_000_000_000
 """In one span, together, beside 1 %. Of 100 completions 99 have less than 22 ms at a load of 14 on two cores;
 yet a hundred requests at once in one event loop wait for each other (300 ms seen), and a shared machine
-stands still now and then (800 ms seen). How much it really is, `python -m benchmarks unexplained_time` measures."""
+stands still now and then (800 ms seen). `python -m benchmarks unexplained_time` measures what it is."""
 
 
 def time_breaches(spans: Sequence[SpanRecord]) -> Iterator[str]:
