@@ -34,7 +34,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -359,15 +359,29 @@ def main() -> None:
     names = [way.name for way in ways("", "", "")]
     parser.add_argument("--ways", nargs="+", choices=names, default=names, help="all of them, see above")
     parser.add_argument("--rounds", type=_positive, default=5, help="(5)")
+    parser.add_argument("--model", metavar="FOLDER", help="instead of the built-in model, in bfloat16")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the stacks end with us
     if BASE not in arguments.ways:
         parser.error(f"--ways must hold {BASE}, which the others are compared to")
     with collector() as healthy, black_hole() as silent:
         every_way = ways(healthy, f"grpc://127.0.0.1:{free_port()}", silent)
-        with running([way for way in every_way if way.name in arguments.ways]) as contestants:
+        chosen = [_serving(way, arguments.model) for way in every_way if way.name in arguments.ways]
+        with running(chosen) as contestants:
             rounds = measure(contestants, arguments)
             report(contestants, rounds, arguments)
+
+
+def _serving(way: Way, folder: str | None) -> Way:
+    """The model of the folder answers to the built-in one's name."""
+    if folder is None:
+        return way
+    model = {
+        "THROUGHLINE_MODEL": folder,
+        "THROUGHLINE_SERVED_MODEL_NAMES": BUILTIN_MODEL,
+        "THROUGHLINE_DTYPE": "bfloat16",
+    }
+    return replace(way, environ={**way.environ, **model})
 
 
 def _positive(text: str) -> int:
