@@ -21,6 +21,7 @@ from tests.chaos.rig import Rig, Strike
 from tests.chaos.schedule import Kind
 from tests.support.queue_lab import ROOT
 from tests.support.trace_invariants import check_trace_invariants
+from tests.support.trace_times import CROWDED_UNNAMED_NS
 
 ALWAYS_THERE = frozenset({"queues", "models", "tokenizer", "beats", "celery"})
 """Kept for ever, or by kombu; everything else has a time to live once its job has ended."""
@@ -152,7 +153,12 @@ def _breach(trace: list[SpanRecord], known: list[str], failed_job_ids: set[str])
     targets = {link.span_id for span in trace for link in span.links} - ids
     elsewhere = targets & set(known) if targets else set()
     try:
-        check_trace_invariants(trace, external=elsewhere, failed_job_ids=failed_job_ids)
+        check_trace_invariants(
+            trace,
+            external=elsewhere,
+            failed_job_ids=failed_job_ids,
+            unnamed_ns=CROWDED_UNNAMED_NS,  # 32 requests at once, while processes start on the same cores
+        )
     except AssertionError as error:
         return f"trace {trace[0].trace_id}: {error}"
     return None

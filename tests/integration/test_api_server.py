@@ -34,6 +34,7 @@ from jobs.store import ClaimOutcome
 from telemetry.receiver import Receiver
 from tests.support.job_factory import completed
 from tests.support.trace_invariants import check_trace_invariants
+from tests.support.trace_times import CROWDED_UNNAMED_NS
 from tests.support.valkey import ValkeyServer, free_port, running_valkey
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,7 +147,12 @@ def _serve(valkey: ValkeyServer, log: Path) -> Iterator[Server]:
         yield server
         process.terminate()  # which sends the last spans
         process.wait(15)
-        check_trace_invariants(collector.spans(), external=[CLIENT_SPAN], canaries=[BODY["prompt"]])
+        check_trace_invariants(
+            collector.spans(),
+            external=[CLIENT_SPAN],
+            canaries=[BODY["prompt"]],
+            unnamed_ns=CROWDED_UNNAMED_NS,  # tens of clients at once, and bodies of 20 MB
+        )
     finally:
         process.kill()
         process.wait()

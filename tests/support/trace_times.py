@@ -15,13 +15,16 @@ from telemetry.record import SpanRecord
 STAMP_NS = 1_000_000
 """One stamp may come by two ways: the engine's clock is turned into wall-clock time for each span anew."""
 
-UNNAMED_NS = 2_000_000_000
+UNNAMED_NS = 250_000_000
 """In one span, together, beside 1 %. Of 100 completions 99 have less than 22 ms at a load of 14 on two cores;
-yet a hundred requests at once in one event loop wait for each other (300 ms seen), and a shared machine
-stands still now and then (800 ms seen). `python -m benchmarks unexplained_time` measures what it is."""
+a suite on a shared machine has been seen to stand still for ten times that."""
+
+CROWDED_UNNAMED_NS = 2_000_000_000
+"""For a run that fills one event loop on purpose, whose requests wait for each other (307 ms seen).
+`python -m benchmarks unexplained_time` measures what a completion really has."""
 
 
-def time_breaches(spans: Sequence[SpanRecord]) -> Iterator[str]:
+def time_breaches(spans: Sequence[SpanRecord], *, unnamed_ns: int) -> Iterator[str]:
     trees = _Trees(spans)
     for span in spans:
         if span.name.startswith(f"{names.OPERATION_TEXT_COMPLETION} "):
@@ -30,10 +33,10 @@ def time_breaches(spans: Sequence[SpanRecord]) -> Iterator[str]:
             yield from _follows_generation(span, trees)
         elif span.kind == "CONSUMER":
             yield from _follows_wait(span, trees)
-            yield from _is_named(span, trees.below(span))
+            yield from _is_named(span, trees.below(span), unnamed_ns)
         elif span.kind == "SERVER":
-            yield from _is_named(span, trees.below(span))
-            yield from _waits_for_work(span, trees)
+            yield from _is_named(span, trees.below(span), unnamed_ns)
+            yield from _waits_for_work(span, trees, unnamed_ns)
 
 
 class _Trees:
@@ -90,14 +93,14 @@ def _follows_wait(process: SpanRecord, trees: _Trees) -> Iterator[str]:
         yield f"an attempt begins where its wait ends: {process.name} has no wait that ends with it"
 
 
-def _is_named(span: SpanRecord, inside: list[SpanRecord]) -> Iterator[str]:
+def _is_named(span: SpanRecord, inside: list[SpanRecord], allowed_ns: int) -> Iterator[str]:
     """A span without children names its own time."""
     unnamed_ns = _uncovered_ns(span, inside)
-    if inside and unnamed_ns > _bound_ns(span):
+    if inside and unnamed_ns > _bound_ns(span, allowed_ns):
         yield f"all time has a name: {span.name} has {_ms(unnamed_ns)} that none of its children covers"
 
 
-def _waits_for_work(server: SpanRecord, trees: _Trees) -> Iterator[str]:
+def _waits_for_work(server: SpanRecord, trees: _Trees, allowed_ns: int) -> Iterator[str]:
     """What a client waits for is queue and process, and the word that the job has ended.
 
     Not asked where the wait was given up, and in link-only mode, where the work is in traces of its own.
@@ -108,7 +111,7 @@ def _waits_for_work(server: SpanRecord, trees: _Trees) -> Iterator[str]:
     if wait is None or names.SPAN_FETCH_RESULT not in by_name or not work:
         return
     idle_ns = _uncovered_ns(wait, [*work, *(span for span in below if span.kind == "PRODUCER")])
-    if idle_ns > _bound_ns(wait):
+    if idle_ns > _bound_ns(wait, allowed_ns):
         yield f"queue, process and wait add up: {_ms(idle_ns)} of a wait were neither"
 
 
@@ -120,8 +123,8 @@ def _uncovered_ns(span: SpanRecord, inside: list[SpanRecord]) -> int:
     return uncovered_ns + max(0, span.end_ns - position_ns)
 
 
-def _bound_ns(span: SpanRecord) -> int:
-    return UNNAMED_NS + (span.end_ns - span.start_ns) // 100
+def _bound_ns(span: SpanRecord, allowed_ns: int) -> int:
+    return allowed_ns + (span.end_ns - span.start_ns) // 100
 
 
 def _ms(length_ns: int) -> str:
