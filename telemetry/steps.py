@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from opentelemetry import trace
 from opentelemetry.context import Context
-from opentelemetry.trace import Link, SpanContext, SpanKind, Tracer
+from opentelemetry.trace import Link, SpanContext, Tracer
 from opentelemetry.util.types import AttributeValue
 
 from telemetry import names
+from telemetry.drawing import FinishedSpan, draw
 
 MAX_LINKS: Final = 120
 
@@ -61,16 +61,14 @@ def step(
     Beyond MAX_LINKS the last ones are left out and counted.
     """
     links = _links(joined, left)
-    span = (tracer or trace.get_tracer(names.TRACER)).start_span(
-        names.SPAN_ENGINE_STEP,
-        Context(),
-        kind=SpanKind.INTERNAL,
+    span = FinishedSpan(
+        name=names.SPAN_ENGINE_STEP,
+        start_ns=record.started_at_ns,
+        end_ns=record.ended_at_ns,
         attributes=_attributes(record, num_omitted=max(0, len(links) - MAX_LINKS)),
         links=links[:MAX_LINKS],
-        start_time=record.started_at_ns,
     )
-    span.end(max(record.started_at_ns, record.ended_at_ns))
-    return span.get_span_context()
+    return draw(Context(), span, tracer)
 
 
 def _links(joined: Iterable[SpanContext], left: Iterable[SpanContext]) -> list[Link]:

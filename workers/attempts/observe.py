@@ -20,6 +20,7 @@ from jobs.model import Failure, JobId, JobRequest
 from jobs.states import JobState
 from jobs.store import Claim, ClaimOutcome, Settlement, SettleOutcome
 from telemetry import spans
+from telemetry.generation import GenerationRecord, Phase, generation, generation_apart
 from workers.attempts.measure import SILENT, WorkerMetrics
 from workers.delivery import Delivery
 from workers.engines.steps import TracedRequest
@@ -48,7 +49,7 @@ class _EngineTimes:
 
     started_at_ns: int
     ended_at_ns: int
-    phases: tuple[spans.Phase, ...]
+    phases: tuple[Phase, ...]
     to_first_token_seconds: float | None
 
 
@@ -153,14 +154,14 @@ class AttemptObserver:
             if len(outputs) > 1:
                 record = replace(record, item_index=index)
             if index < self.max_item_spans:
-                spans.generation(
+                generation(
                     current,
                     record,
                     capture_content=self.captures_content,
                     uses_vllm_keys=self.uses_vllm_keys,
                 )
             else:
-                spans.generation_apart(
+                generation_apart(
                     delivery.creation,
                     current,
                     record,
@@ -244,9 +245,9 @@ class AttemptObserver:
         output: RequestOutput,
         prompt: str | None,
         times: _EngineTimes,
-    ) -> spans.GenerationRecord:
+    ) -> GenerationRecord:
         phases = output.phases
-        return spans.GenerationRecord(
+        return GenerationRecord(
             model=self.model,
             response_id=f"cmpl-{delivery.id}",
             job_id=delivery.id,
@@ -309,9 +310,9 @@ def _phases(
     started_at_ns: int,
     wall_ns: Callable[[float], int],
     admitted_by: Mapping[float, SpanContext],
-) -> tuple[spans.Phase, ...]:
+) -> tuple[Phase, ...]:
     return tuple(
-        spans.Phase(
+        Phase(
             name=interval.name,
             start_ns=started_at_ns if index == 0 else wall_ns(interval.start),
             end_ns=wall_ns(interval.end),

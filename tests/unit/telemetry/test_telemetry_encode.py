@@ -21,7 +21,7 @@ from telemetry import encode as encoding
 from telemetry import names
 from telemetry.encode import encode
 from telemetry.export import GrpcExporter
-from telemetry.spans import GenerationRecord, Phase, generation
+from telemetry.generation import GenerationRecord, Phase, generation
 
 RESOURCES = [Resource({"service.name": name}, f"https://schema/{name}") for name in ("api", "worker")]
 SCOPES = [InstrumentationScope("throughline", ""), InstrumentationScope("other", "1.2", "https://schema")]

@@ -12,17 +12,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode, Tracer
 
 from telemetry import names
-from telemetry.spans import (
-    GenerationRecord,
-    Phase,
-    extract,
-    generation,
-    generation_apart,
-    inject,
-    mark_attempt,
-    mark_outcome,
-    queue_wait,
-)
+from telemetry.generation import GenerationRecord, Phase, generation, generation_apart
+from telemetry.spans import extract, inject, mark_attempt, mark_outcome, queue_wait
 
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 PARENT_SPAN_ID = 0x00F067AA0BA902B7

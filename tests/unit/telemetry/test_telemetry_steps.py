@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, Sampler
 from opentelemetry.trace import SpanContext, SpanKind, TraceFlags
 
 from telemetry import names
-from telemetry.spans import GenerationRecord, Phase, generation
+from telemetry.generation import GenerationRecord, Phase, generation
 from telemetry.steps import MAX_LINKS, StepRecord, step
 
 MS = 1_000_000
