@@ -93,7 +93,7 @@ def check_agreement(document: dict[str, Any], stored: list[Prompt]) -> None:
 
 
 @given(document=bodies, stored=prompts)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_whatever_the_api_accepts_the_engine_accepts(document: dict[str, Any], stored: list[Prompt]) -> None:
     check_agreement(document, stored)
 

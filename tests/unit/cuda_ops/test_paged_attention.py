@@ -68,7 +68,7 @@ def assert_close(actual: torch.Tensor, case: PagedCase, sliding_window: int | No
     assert error <= attention_tolerance(case)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(context_lens=contexts, shape=shapes, window=windows)
 def test_paged_decode_equals_dense_attention_over_shuffled_pages(
     context_lens: list[int], shape: dict[str, Any], window: int | None
@@ -78,7 +78,7 @@ def test_paged_decode_equals_dense_attention_over_shuffled_pages(
     assert_close(decode(case, window), case, window)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(parts=chunks, shape=shapes, window=windows)
 def test_paged_prefill_equals_dense_attention_when_chunks_continue_a_context(
     parts: list[tuple[int, int]], shape: dict[str, Any], window: int | None

@@ -11,7 +11,7 @@ from cuda_ops.errors import OpInputError
 torch.set_num_threads(1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     num_tokens=st.integers(0, 9),
     num_kv_heads=st.integers(1, 3),

@@ -148,7 +148,7 @@ _OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     limits=limits(),
     operations=_OPERATIONS,
@@ -185,7 +185,7 @@ def test_scheduler_keeps_its_accounts_and_every_cached_token_under_any_operation
     assert bench.blocks.num_free == limits.num_blocks
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12)), min_size=2, max_size=12),
     num_blocks=st.integers(8, 30),

@@ -69,7 +69,7 @@ spans = st.builds(
 batches = st.lists(spans, max_size=6, unique_by=lambda span: (span.context.trace_id, span.context.span_id))
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(batches)
 def test_encoding_equals_the_sdk_s_for_any_batch(batch: list[ReadableSpan]) -> None:
     assert encode(batch) == encode_spans(batch)
