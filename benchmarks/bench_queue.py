@@ -31,6 +31,7 @@ from kombu.transport import redis as redis_transport
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measure import percentile, positive
 from benchmarks.noop import plain_list
 from benchmarks.noop.http_client import HttpConnection
 from benchmarks.noop.stack import Process, Stack, running_stack
@@ -84,10 +85,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--jobs", type=int, default=1000, help="a way and round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--clients", type=positive, default=32)
+    parser.add_argument("--jobs", type=positive, default=1000, help="a way and round")
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--workers", type=positive, default=1)
     arguments = parser.parse_args(argv)
     report = Report()
     measures: dict[str, Callable[[Stack, argparse.Namespace, Report], None]] = {
@@ -251,14 +252,9 @@ async def closed_loop(
     return seconds
 
 
-def percentile(seconds: list[float], share: float) -> float:
-    """In milliseconds."""
-    return sorted(seconds)[min(len(seconds) - 1, int(len(seconds) * share))] * 1e3
-
-
 def add_latency(report: Report, section: str, way: str, seconds: list[float]) -> None:
-    report.add(section, way, "p50 ms", percentile(seconds, 0.5))
-    report.add(section, way, "p99 ms", percentile(seconds, 0.99))
+    report.add(section, way, "p50 ms", percentile(seconds, 0.5) * 1e3)
+    report.add(section, way, "p99 ms", percentile(seconds, 0.99) * 1e3)
 
 
 def sync(stack: Stack, arguments: argparse.Namespace, report: Report) -> None:

@@ -12,24 +12,24 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measure import percentile, positive
 from engine import builtin
 from engine.config import EngineConfig
 from engine.sampling import SamplingParams
+from tests.support.stack import RunningStack
 from workers.engines.child_runtime import ChildRuntime
 from workers.engines.protocol import EngineRequest
 
@@ -48,17 +48,16 @@ class Sample:
 
     def percentile(self, share: float) -> float:
         """In milliseconds."""
-        ordered = sorted(self.seconds)
-        return ordered[min(len(ordered) - 1, int(len(ordered) * share))] * 1e3
+        return percentile(self.seconds, share) * 1e3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--requests", type=int, default=200, help="a client count and way, each round")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=positive, default=200, help="a client count and way, each round")
+    parser.add_argument("--clients", type=positive, nargs="+", default=[1, 32])
+    parser.add_argument("--rounds", type=positive, default=3)
     arguments = parser.parse_args()
     with running_stack() as url, running_engine() as runtime:
         samples = asyncio.run(measure(url, runtime, arguments))
@@ -124,31 +123,14 @@ def running_engine() -> Iterator[ChildRuntime]:
 
 @contextmanager
 def running_stack() -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        argv = [sys.executable, "-m", "cli", "up", "--port", str(port), "--state-dir", folder]
-        stack = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        stack = RunningStack(Path(folder))
         try:
-            wait_ready(url, stack)
-            yield url
+            stack.wait_until_ready()
+            yield stack.url
+            stack.stop()
         finally:
-            stack.terminate()
-            stack.wait(60)
-
-
-def wait_ready(url: str, stack: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and stack.poll() is None:
-        try:
-            if httpx.get(f"{url}/health/ready", timeout=2).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.2)
-    raise SystemExit("the stack did not become ready")
+            stack.kill_everything()
 
 
 def report(samples: list[Sample], client_counts: list[int]) -> None:

@@ -44,6 +44,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.measure import cpu_seconds, percentile, positive
 from cli.settings import BUILTIN_MODEL
 from tests.support.stack import RunningStack, command_line
 from tests.support.valkey import free_port
@@ -52,7 +53,6 @@ BASE = "off"
 PROMPT_TOKEN_IDS = list(range(300, 310))
 NUM_WARM_UP = 60
 EXPORT_PATH = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
-TICKS = os.sysconf("SC_CLK_TCK")
 ROLES = {
     "api": "cli api",
     "worker": "workers.main worker",
@@ -99,7 +99,7 @@ class Contestant:
             line = command_line(pid)
             role = next((role for role, part in ROLES.items() if part in line), None)
             if role is not None:
-                spent[role] += _cpu_seconds(pid)
+                spent[role] += cpu_seconds(pid)
         return spent
 
     def spans(self) -> dict[str, float]:
@@ -115,14 +115,6 @@ class Contestant:
                 elif is_error:
                     found["dropped"] += float(value)
         return found
-
-
-def _cpu_seconds(pid: int) -> float:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:  # it ended meanwhile
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / TICKS
 
 
 class Client:
@@ -328,12 +320,12 @@ def _latency(rounds: dict[str, list[Round]]) -> Table:
     title = f"One request at a time (added: median over the rounds of the difference of medians to {BASE})"
     table = Table("way", "p50 ms", "p99 ms", "added ms", "rounds' added ms", title=title)
     for name, own in rounds.items():
-        merged = sorted(latency for turn in own for latency in turn.latencies_ms)
+        merged = [latency for turn in own for latency in turn.latencies_ms]
         added = [turn.p50_ms - base.p50_ms for turn, base in zip(own, rounds[BASE], strict=True)]
         table.add_row(
             name,
             f"{statistics.median(merged):.1f}",
-            f"{merged[int(len(merged) * 0.99)]:.1f}",
+            f"{percentile(merged, 0.99):.1f}",
             f"{statistics.median(added):+.2f}",
             ", ".join(f"{difference:+.1f}" for difference in added),
         )
@@ -352,13 +344,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--jobs", type=_positive, default=200, help="jobs of each way in each round (200)")
-    parser.add_argument("--clients", type=_positive, default=16, help="clients at once (16)")
-    parser.add_argument("--single", type=_positive, default=40, help="jobs one at a time, each round (40)")
-    parser.add_argument("--max-tokens", type=_positive, default=16, help="tokens of each job (16)")
+    parser.add_argument("--jobs", type=positive, default=200, help="jobs of each way in each round (200)")
+    parser.add_argument("--clients", type=positive, default=16, help="clients at once (16)")
+    parser.add_argument("--single", type=positive, default=40, help="jobs one at a time, each round (40)")
+    parser.add_argument("--max-tokens", type=positive, default=16, help="tokens of each job (16)")
     names = [way.name for way in ways("", "", "")]
     parser.add_argument("--ways", nargs="+", choices=names, default=names, help="all of them, see above")
-    parser.add_argument("--rounds", type=_positive, default=5, help="(5)")
+    parser.add_argument("--rounds", type=positive, default=5, help="(5)")
     parser.add_argument("--model", metavar="FOLDER", help="instead of the built-in model, in bfloat16")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the stacks end with us
@@ -382,12 +374,6 @@ def _serving(way: Way, folder: str | None) -> Way:
         "THROUGHLINE_DTYPE": "bfloat16",
     }
     return replace(way, environ={**way.environ, **model})
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
-    return int(text)
 
 
 if __name__ == "__main__":

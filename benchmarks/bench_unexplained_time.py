@@ -16,6 +16,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measure import percentile, positive
 from engine import builtin
 from telemetry.record import SpanRecord
 from telemetry.tree import tree
@@ -32,8 +33,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--max-tokens", type=int, default=16)
+    parser.add_argument("--requests", type=positive, default=200)
+    parser.add_argument("--max-tokens", type=positive, default=16)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, traced_stack(Path(folder), {}) as traced:
         for _ in range(NUM_WARM_UP):
@@ -64,9 +65,7 @@ def unexplained(traces: list[list[SpanRecord]]) -> Seconds:
 def report(found: Seconds) -> None:
     table = Table("in", "p50 ms", "p99 ms", title="Time that no span explains, per completion")
     for name, seconds in found.items():
-        ordered = sorted(seconds)
-        p50, p99 = (ordered[min(len(ordered) - 1, int(len(ordered) * share))] for share in (0.5, 0.99))
-        table.add_row(name, f"{p50 * 1e3:.2f}", f"{p99 * 1e3:.2f}")
+        table.add_row(name, f"{percentile(seconds, 0.5) * 1e3:.2f}", f"{percentile(seconds, 0.99) * 1e3:.2f}")
     Console().print(table)
 
 

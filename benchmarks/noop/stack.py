@@ -15,13 +15,13 @@ from typing import Any
 
 import httpx
 
+from benchmarks import measure
 from jobs.keys import Keys
 from jobs.redis_connection import connect
 from jobs.settings import JobsSettings
 from tests.support.valkey import free_port, running_valkey
 
 ROOT = Path(__file__).resolve().parents[2]
-TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 _CELERY_FLAGS = ("--without-mingle", "--without-gossip")
 
 
@@ -31,9 +31,7 @@ class Process:
     popen: subprocess.Popen[bytes]
 
     def cpu_seconds(self) -> float:
-        """User and system time of the process itself, its children left out."""
-        fields = Path(f"/proc/{self.popen.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS_PER_SECOND
+        return measure.cpu_seconds(self.popen.pid)
 
     def resident_bytes(self) -> int:
         pages = Path(f"/proc/{self.popen.pid}/statm").read_text().split()[1]
