@@ -7,29 +7,19 @@ import re
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jobs.model import Job
 from jobs.record import JOB_FIELDS, to_job
 from jobs.states import JobState
-from telemetry import names
-from telemetry.record import SpanRecord
 from tests.chaos.load import Answer, Key
-from tests.chaos.rig import Rig, Strike
-from tests.chaos.schedule import Kind
+from tests.chaos.rig import Rig
 from tests.support.queue_lab import ROOT
-from tests.support.trace_invariants import check_trace_invariants
-from tests.support.trace_times import CROWDED_UNNAMED_NS
 
 ALWAYS_THERE = frozenset({"queues", "models", "tokenizer", "beats", "celery"})
 """Kept for ever, or by kombu; everything else has a time to live once its job has ended."""
-WOUND_SECONDS = 20.0
-"""How long after a blow its traces may show it: a lease, a sweep, a restart."""
-BLOWS_THAT_LOSE_SPANS = frozenset({Kind.WORKER_KILL, Kind.API_KILL, Kind.WORKER_PAUSE, Kind.NET_HALF_OPEN})
-UNNAMED_WAITS = ("queue, process and wait add up", "all time has a name")
-"""The rules that a Redis which stands still breaks without losing a span."""
 
 
 def read_jobs(rig: Rig) -> dict[str, Job]:
@@ -124,54 +114,6 @@ def read_gauge(port: int, name: str) -> float | None:
     return float(found.group(1)) if found else None
 
 
-def traces(
-    spans: Sequence[SpanRecord], strikes: Sequence[Strike], failed_job_ids: set[str]
-) -> tuple[Counter[str], list[str]]:
-    """How many traces are whole, and the breaches of those that no blow explains."""
-    by_trace: dict[str, list[SpanRecord]] = {}
-    for span in spans:
-        by_trace.setdefault(span.trace_id, []).append(span)
-    counts: Counter[str] = Counter()
-    breaches = []
-    known = [span.span_id for span in spans]
-    for trace in by_trace.values():
-        if (breach := _breach(trace, known, failed_job_ids)) is None:
-            has_lost = any(span.name.startswith("lost ") for span in trace)
-            counts["whole, with a marked lost attempt" if has_lost else "whole"] += 1
-        elif _is_wounded(trace, strikes, BLOWS_THAT_LOSE_SPANS):
-            counts["torn by a kill"] += 1
-        elif any(rule in breach for rule in UNNAMED_WAITS) and _is_wounded(trace, strikes, frozenset(Kind)):
-            counts["whole, with a wait that a fault made"] += 1
-        else:
-            counts["broken without a cause"] += 1
-            breaches.append(breach)
-    return counts, breaches
-
-
-def _breach(trace: list[SpanRecord], known: list[str], failed_job_ids: set[str]) -> str | None:
-    ids = {span.span_id for span in trace}
-    targets = {link.span_id for span in trace for link in span.links} - ids
-    elsewhere = targets & set(known) if targets else set()
-    try:
-        check_trace_invariants(
-            trace,
-            external=elsewhere,
-            failed_job_ids=failed_job_ids,
-            unnamed_ns=CROWDED_UNNAMED_NS,  # 32 requests at once, while processes start on the same cores
-        )
-    except AssertionError as error:
-        return f"trace {trace[0].trace_id}: {error}"
-    return None
-
-
-def _is_wounded(trace: list[SpanRecord], strikes: Sequence[Strike], kinds: Collection[Kind]) -> bool:
-    begin = min(span.start_ns for span in trace) / 1e9
-    end = max(span.end_ns for span in trace) / 1e9
-    return any(
-        strike.fault.kind in kinds and begin - WOUND_SECONDS <= strike.at <= end + 1.0 for strike in strikes
-    )
-
-
 def wait_until_settled(rig: Rig, *, timeout_seconds: float) -> bool:
     """True when ledger and broker are empty in time; what is left is told by the checks."""
     deadline = time.monotonic() + timeout_seconds
@@ -184,8 +126,4 @@ def wait_until_settled(rig: Rig, *, timeout_seconds: float) -> bool:
 
 def num_refused_results(rig: Rig) -> int:
     """Results of attempts that had lost their lease, as the workers' logs tell."""
-    return sum(text.count("result refused") + text.count("lease lost") for text in rig.logs())
-
-
-def num_generations(spans: Sequence[SpanRecord]) -> int:
-    return sum(span.name.startswith(names.OPERATION_TEXT_COMPLETION) for span in spans)
+    return sum(text.count("result refused") + text.count("lease lost") for text in rig.logs().values())

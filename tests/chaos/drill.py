@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-import httpx
-
 from jobs.model import Job
 from tests.chaos import check
 from tests.chaos.load import PROMPTS, TOKEN_COUNTS, Key, Log, Order, draw_orders, place
 from tests.chaos.rig import Rig, running_rig
 from tests.chaos.schedule import WEIGHTS, Fault, Kind, draw_schedule
+from tests.chaos.traces import Audit, read_told
 from tests.chaos.watch import RedeliveryWatch
 
 SETTLE_SECONDS = 60.0
@@ -51,6 +50,7 @@ class Outcome:
     """Faults whose victim was down already."""
     redelivery_seconds: list[float]
     num_refused_results: int
+    audit: Audit
     traces: Counter[str]
     load_seconds: float
     settle_seconds: float
@@ -92,7 +92,6 @@ def run(plan: Plan, folder: Path, *, say: Callable[[str], None] = print) -> Outc
         folder,
         num_workers=plan.num_workers,
         lease_seconds=plan.lease_seconds,
-        sample_ratio=plan.sample_ratio,
         max_spans=plan.max_spans,
     ) as rig:
         texts = calm_texts(rig.url, say)
@@ -107,24 +106,23 @@ def calm_texts(url: str, say: Callable[[str], None]) -> dict[Key, str]:
     Raises:
         RuntimeError: the two differ, so the model is no oracle.
     """
-    singles = [
-        Order(number, (prompt,), count, is_sync=True)
-        for number, (prompt, count) in enumerate((p, c) for p in PROMPTS for c in TOKEN_COUNTS)
-    ]
-    first = _texts(asyncio.run(place(url, singles, tag="calm-1")))
-    with httpx.Client(base_url=url, timeout=60) as client:
-        for count in TOKEN_COUNTS:
-            together = Order(0, PROMPTS, count, is_sync=True)
-            choices = client.post("/v1/completions", json=together.body()).json()["choices"]
-            second = dict(zip(together.keys, (choice["text"] for choice in choices), strict=True))
-            if unequal := [key for key in second if second[key] != first[key]]:
-                raise RuntimeError(f"greedy answers depend on their company: {unequal}")
+    pairs = [(prompt, count) for prompt in PROMPTS for count in TOKEN_COUNTS]
+    singles = [Order(number, (prompt,), count, is_sync=True) for number, (prompt, count) in enumerate(pairs)]
+    together = [Order(number, PROMPTS, count, is_sync=True) for number, count in enumerate(TOKEN_COUNTS)]
+    first, second = _texts(url, singles, "calm-1"), _texts(url, together, "calm-2")
+    if unequal := [key for key in first if first[key] != second[key]]:
+        raise RuntimeError(f"greedy answers depend on their company: {unequal}")
     say(f"{len(first)} answers agreed on in the calm")
     return first
 
 
-def _texts(log: Log) -> dict[Key, str]:
-    return {answer.order.keys[0]: answer.texts[0] for answer in log.answers if answer.texts}
+def _texts(url: str, orders: list[Order], tag: str) -> dict[Key, str]:
+    answers = asyncio.run(place(url, orders, tag=tag, sample_ratio=0.0)).answers
+    return {
+        key: text
+        for answer in answers
+        for key, text in zip(answer.order.keys, answer.texts or (), strict=True)
+    }
 
 
 def _storm(
@@ -147,7 +145,15 @@ def _storm(
 
     striker = threading.Thread(target=strike_all, daemon=True)
     striker.start()
-    log = asyncio.run(place(rig.url, orders, tag=f"storm-{plan.seed}", over_seconds=plan.seconds))
+    log = asyncio.run(
+        place(
+            rig.url,
+            orders,
+            tag=f"storm-{plan.seed}",
+            over_seconds=plan.seconds,
+            sample_ratio=plan.sample_ratio,
+        )
+    )
     load_seconds = time.monotonic() - began
     say(f"all accepted after {load_seconds:.0f} s")
     is_over.set()
@@ -170,16 +176,17 @@ def _settle(
     watch.finish()
     warm_engines(rig)
     jobs = check.read_jobs(rig)
-    failed = {id for id, job in jobs.items() if job.state.value == "failed"}
     rig.receiver.wait_for(lambda spans: False, timeout_seconds=2.0)  # the last spans are under way
-    counts, torn = check.traces(rig.receiver.spans(), rig.strikes, failed)
+    audit = Audit(rig.receiver.spans(), log.asks, jobs, read_told(rig.logs()), rig.strikes)
+    judgements = list(audit.run())
     breaches = [
         *check.promises(log.answers, jobs),
         *check.results(log.answers, jobs, texts),
         *check.broker(rig),
         *check.keys(rig),
         *check.engines(rig),
-        *torn,
+        *(f"trace {trace.trace_id}: {breach}" for trace in judgements for breach in trace.breaches),
+        *([f"the receiver forgot {rig.receiver.num_evicted} spans"] if rig.receiver.num_evicted else []),
     ]
     return Outcome(
         log=log,
@@ -188,7 +195,8 @@ def _settle(
         num_missed=len(missed),
         redelivery_seconds=watch.seconds,
         num_refused_results=check.num_refused_results(rig),
-        traces=counts,
+        audit=audit,
+        traces=Counter(judgement.finding.value for judgement in judgements),
         load_seconds=load_seconds,
         settle_seconds=settle_seconds,
         breaches=breaches,
@@ -198,5 +206,5 @@ def _settle(
 def warm_engines(rig: Rig) -> None:
     """A few jobs more, so that engines which were just replaced tell of their blocks too."""
     orders = [Order(number, PROMPTS, 4, is_sync=True) for number in range(8 * len(rig.workers))]
-    asyncio.run(place(rig.url, orders, tag="after"))
+    asyncio.run(place(rig.url, orders, tag="after", sample_ratio=0.0))
     check.wait_until_settled(rig, timeout_seconds=SETTLE_SECONDS)

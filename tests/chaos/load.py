@@ -8,7 +8,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -75,10 +75,27 @@ class Answer:
     completion_tokens: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request as its client knows it; the client's span is never sent, and the root of the trace."""
+
+    order: Order
+    trace_id: str
+    span_id: str
+    is_sampled: bool
+    asked_at: float
+    """Unix seconds."""
+    ended_at: float
+    status: int | None = None
+    """None where the connection broke, or never was."""
+    job_id: str | None = None
+
+
 @dataclass
 class Log:
     """What the clients saw."""
 
+    asks: list[Ask] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     refusals: Counter[str] = field(default_factory=Counter)
     """By status and code, or by the kind of a broken connection."""
@@ -103,28 +120,32 @@ def draw_orders(seed: int, count: int) -> list[Order]:
     return orders
 
 
-async def place(url: str, orders: Sequence[Order], *, tag: str, over_seconds: float = 0.0) -> Log:
+async def place(
+    url: str, orders: Sequence[Order], *, tag: str, over_seconds: float = 0.0, sample_ratio: float = 1.0
+) -> Log:
     """Return when every order was accepted; the asynchronous ones may still be running.
 
     Args:
         url: the API's.
         orders: shared out among the clients.
-        tag: makes the idempotency keys of this run its own.
+        tag: makes the idempotency keys and the trace ids of this run its own.
         over_seconds: the orders are spread evenly over so long; a client that falls behind hurries.
+        sample_ratio: of the requests whose trace is to be kept.
     """
-    log, began = Log(), time.monotonic()
+    began = time.monotonic()
+    clients = _Clients(tag, sample_ratio)
     queue = iter(enumerate(orders))
 
     async def ask_on(client: httpx.AsyncClient) -> None:
         for index, order in queue:
             await asyncio.sleep(max(0.0, began + over_seconds * index / len(orders) - time.monotonic()))
-            await _insist(client, order, log, tag)
+            await clients.insist(client, order)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(NUM_CLIENTS):
             client = httpx.AsyncClient(base_url=url, timeout=TIMEOUT_SECONDS)
             group.create_task(_with_client(client, ask_on))
-    return log
+    return clients.log
 
 
 async def _with_client(client: httpx.AsyncClient, ask_on: Any) -> None:
@@ -132,26 +153,51 @@ async def _with_client(client: httpx.AsyncClient, ask_on: Any) -> None:
         await asyncio.gather(*(ask_on(client) for _ in range(REQUESTS_AT_ONCE)))
 
 
-async def _insist(client: httpx.AsyncClient, order: Order, log: Log, tag: str) -> None:
-    while True:
-        asked_at = time.monotonic()
+class _Clients:
+    """Asks for orders until they are accepted, and keeps the log."""
+
+    def __init__(self, tag: str, sample_ratio: float) -> None:
+        self.log = Log()
+        self._tag, self._sample_ratio = tag, sample_ratio
+        self._random = random.Random(tag)
+
+    async def insist(self, client: httpx.AsyncClient, order: Order) -> None:
+        while not await self._ask(client, order):
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    async def _ask(self, client: httpx.AsyncClient, order: Order) -> bool:
+        """Whether the order was accepted; either way the request is in the log."""
+        now = time.time()
+        is_sampled = self._random.random() < self._sample_ratio
+        trace_id, span_id = f"{self._random.getrandbits(128):032x}", f"{self._random.getrandbits(64):016x}"
+        ask = Ask(order, trace_id, span_id, is_sampled, asked_at=now, ended_at=now)
         try:
-            reply = await _ask(client, order, tag)
+            reply = await self._post(client, ask)
         except httpx.TransportError as error:
-            log.refuse(type(error).__name__, time.monotonic() - asked_at)
-        else:
-            if reply.is_success:
-                log.answers.append(_answer(order, reply))
-                return
-            log.refuse(_why(reply), time.monotonic() - asked_at)
-        await asyncio.sleep(PAUSE_SECONDS)
+            self._note(ask, why=type(error).__name__)
+            return False
+        if not reply.is_success:
+            self._note(ask, status=reply.status_code, why=_why(reply))
+            return False
+        answer = _answer(order, reply)
+        self._note(ask, status=reply.status_code, job_id=answer.job_id)
+        self.log.answers.append(answer)
+        return True
 
+    async def _post(self, client: httpx.AsyncClient, ask: Ask) -> httpx.Response:
+        headers = {"traceparent": f"00-{ask.trace_id}-{ask.span_id}-{int(ask.is_sampled):02x}"}
+        if ask.order.is_sync:
+            return await client.post("/v1/completions", json=ask.order.body(), headers=headers)
+        headers["Idempotency-Key"] = f"{self._tag}-{ask.order.number}"
+        return await client.post("/v1/jobs", json=ask.order.body(), headers=headers)
 
-async def _ask(client: httpx.AsyncClient, order: Order, tag: str) -> httpx.Response:
-    if order.is_sync:
-        return await client.post("/v1/completions", json=order.body())
-    headers = {"Idempotency-Key": f"{tag}-{order.number}"}
-    return await client.post("/v1/jobs", json=order.body(), headers=headers)
+    def _note(
+        self, ask: Ask, *, status: int | None = None, job_id: str | None = None, why: str | None = None
+    ) -> None:
+        ended = replace(ask, ended_at=time.time(), status=status, job_id=job_id)
+        self.log.asks.append(ended)
+        if why is not None:
+            self.log.refuse(why, ended.ended_at - ended.asked_at)
 
 
 def _answer(order: Order, reply: httpx.Response) -> Answer:

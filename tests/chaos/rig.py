@@ -53,6 +53,10 @@ class Strike:
     at: float
     """Unix seconds."""
     victim: str
+    """A process by its member's name and the number of its start (of an engine: its worker), `redis`, or
+    the member whose network it is."""
+    mended_at: float
+    """Unix seconds; that of the blow where nothing needs to be mended."""
     pid: int | None = None
 
 
@@ -84,6 +88,11 @@ class Member:
             self.restart()
 
     @property
+    def incarnation(self) -> str:
+        """Its name as its log and its spans have it."""
+        return f"{self.name}-{self.num_starts - 1}"
+
+    @property
     def is_leaving(self) -> bool:
         return self.process.poll() is not None or self.last_to_leave == self.num_starts - 1
 
@@ -110,7 +119,7 @@ class Rig:
         self.api: Member
         self.workers: list[Member] = []
 
-    def begin(self, num_workers: int, *, lease_seconds: float, sample_ratio: float) -> None:
+    def begin(self, num_workers: int, *, lease_seconds: float) -> None:
         """Start everything and return when a completion could be answered."""
         self.settings = self.settings.model_copy(update={"lease_seconds": lease_seconds})
         self._environment = {
@@ -121,8 +130,6 @@ class Rig:
             "OTEL_SDK_DISABLED": "",
             "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": self.receiver.grpc_endpoint,
             "OTEL_BSP_SCHEDULE_DELAY": "200",
-            "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
-            "OTEL_TRACES_SAMPLER_ARG": str(sample_ratio),
         }
         self.workers = [self._add_worker(number) for number in range(num_workers)]
         self.api = Member("api", self._start_api)
@@ -164,12 +171,13 @@ class Rig:
             return False
         return all(self._is_consuming(worker) for worker in self.workers)
 
-    def logs(self) -> Iterator[str]:
-        for path in sorted(self._folder.glob("*.log")):
-            yield path.read_text(encoding="utf-8", errors="replace")
+    def logs(self) -> dict[str, str]:
+        """What each process that ever ran has said."""
+        paths = sorted(self._folder.glob("*.log"))
+        return {path.stem: path.read_text(encoding="utf-8", errors="replace") for path in paths}
 
     def _is_consuming(self, worker: Member) -> bool:
-        path = self._folder / f"{worker.name}-{worker.num_starts - 1}.log"
+        path = self._folder / f"{worker.incarnation}.log"
         return not worker.is_leaving and "ready." in path.read_text(errors="replace")
 
     def _supervise(self) -> None:
@@ -190,16 +198,23 @@ class Rig:
 
     def _start_worker(self, name: str, number: int, start: int) -> subprocess.Popen[bytes]:
         environment = {
-            **self._environment,
-            "THROUGHLINE_REDIS_URL": self._proxy(name).url,
+            **self._own_environment(name, start),
             "THROUGHLINE_METRICS_PORT": str(self.metrics_ports[number]),
         }
         log = self._folder / f"{name}-{start}.log"
         return WorkerProcess(f"{name}-{start}", environment, log).process
 
     def _start_api(self, start: int) -> subprocess.Popen[bytes]:
-        environment = {**self._environment, "THROUGHLINE_REDIS_URL": self._proxy("api").url}
+        environment = self._own_environment("api", start)
         return start_api(environment, self._folder / f"api-{start}.log", port=self.port)
+
+    def _own_environment(self, name: str, start: int) -> dict[str, str]:
+        """Each process is a service of its own, so that every span tells who made it."""
+        return {
+            **self._environment,
+            "THROUGHLINE_REDIS_URL": self._proxy(name).url,
+            "OTEL_SERVICE_NAME": f"{name}-{start}",
+        }
 
     def _proxy(self, name: str) -> TcpProxy:
         if name not in self.proxies:
@@ -225,6 +240,7 @@ class Rig:
     def _strike_process(self, fault: Fault, member: Member, pid: int) -> Strike | None:
         if member.process.poll() is not None:
             return None
+        now = time.time()
         match fault.kind:
             case Kind.WORKER_KILL | Kind.API_KILL | Kind.ENGINE_KILL:
                 os.kill(pid, signal.SIGKILL)
@@ -236,7 +252,8 @@ class Rig:
         if fault.kind is Kind.WORKER_PAUSE:
             past_its_lease = self.settings.visibility_timeout_seconds + 3.0
             self._later(past_its_lease, lambda: os.kill(pid, signal.SIGCONT))
-        return Strike(fault, time.time(), member.name, pid)
+            return Strike(fault, now, member.incarnation, now + past_its_lease, pid)
+        return Strike(fault, now, member.incarnation, now, pid)
 
     def _strike_redis(self, fault: Fault) -> Strike | None:
         if not self.server.is_running():
@@ -247,7 +264,8 @@ class Rig:
         else:
             self.server.pause()
             self._later(fault.lasts_seconds, self.server.resume)
-        return Strike(fault, time.time(), "redis")
+        now = time.time()
+        return Strike(fault, now, "redis", now + fault.lasts_seconds)
 
     def _strike_network(self, fault: Fault) -> Strike | None:
         name = sorted(self.proxies)[fault.target % len(self.proxies)]
@@ -261,7 +279,8 @@ class Rig:
             case _:
                 proxy.freeze()
                 self._later(fault.lasts_seconds, proxy.heal)
-        return Strike(fault, time.time(), f"network of {name}")
+        now = time.time()
+        return Strike(fault, now, name, now if fault.kind is Kind.NET_CUT else now + fault.lasts_seconds)
 
     def _later(self, seconds: float, act: Callable[[], None]) -> None:
         self._wounds.append((time.monotonic() + seconds, act))
@@ -278,15 +297,13 @@ def engine_pid(worker_pid: int) -> int:
 
 
 @contextmanager
-def running_rig(
-    folder: Path, *, num_workers: int, lease_seconds: float, sample_ratio: float, max_spans: int
-) -> Iterator[Rig]:
+def running_rig(folder: Path, *, num_workers: int, lease_seconds: float, max_spans: int) -> Iterator[Rig]:
     with ExitStack() as exits:
         server = exits.enter_context(running_valkey(tcp=True))
         receiver = exits.enter_context(Receiver(max_spans=max_spans, max_bytes=2 << 30))
         rig = Rig(folder, server, receiver, exits)
         try:
-            rig.begin(num_workers, lease_seconds=lease_seconds, sample_ratio=sample_ratio)
+            rig.begin(num_workers, lease_seconds=lease_seconds)
             yield rig
         finally:
             rig.end()
