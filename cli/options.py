@@ -141,7 +141,7 @@ def model_options(command: Command) -> Command:
 
 
 def engine_options(command: Command) -> Command:
-    """--dtype, --device, --trace-steps and --trace-slow-steps."""
+    """--dtype, --device, --speculative-tokens, --trace-steps and --trace-slow-steps."""
     for option in (
         click.option(
             "--trace-slow-steps",
@@ -155,6 +155,13 @@ def engine_options(command: Command) -> Command:
             metavar="RATIO",
             help="Draw this part of the engine's steps (0 to 1), each as a trace of its own, linked to the "
             "jobs that join or leave in it; 0.01 is a good start.  [default: none]",
+        ),
+        click.option(
+            "--speculative-tokens",
+            type=click.IntRange(0, 64),
+            metavar="N",
+            help="Run up to N tokens of a sequence ahead in a step, as they followed when the same words "
+            "stood before: faster for text that repeats itself, the same tokens for all.  [default: 0]",
         ),
         click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where the model runs."),
         click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Type of the weights."),

@@ -55,7 +55,7 @@ def _token_ids(batch: ScheduledBatch) -> np.ndarray[tuple[int], np.dtype[np.int6
         if entry.num_tokens == 1:
             ids.append(entry.sequence.token_ids[entry.start])
         else:
-            ids += entry.sequence.token_ids[entry.start : entry.start + entry.num_tokens]
+            ids += entry.token_ids
     return np.array(ids, dtype=np.int64)
 
 

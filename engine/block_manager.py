@@ -108,6 +108,13 @@ class BlockManager:
         self._reference_counts[block] -= 1
         return BlockCopy(source=block, target=table[slot])
 
+    def shorten(self, table: list[int], num_tokens: int) -> None:
+        """Give back the blocks behind those of the first `num_tokens`."""
+        num_kept = self.num_blocks_for(num_tokens)
+        surplus = table[num_kept:]
+        del table[num_kept:]
+        self.release(surplus)
+
     def release(self, table: list[int]) -> None:
         """Drop one reference to each block of `table` and empty it."""
         for block in reversed(table):

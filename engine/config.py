@@ -26,6 +26,8 @@ class EngineConfig:
         max_num_batched_tokens: Token budget of one step. Not below `max_num_sequences`, so that everything
             that decodes always fits and only prefill is rationed.
         max_model_len: Prompt plus generated tokens; `None` takes the model's own limit.
+        num_speculative_tokens: Tokens of a sequence run ahead of their turn in a step, at most: what followed
+            when the same tokens stood before (`speculation.py`). 0 is none; the tokens stay the same.
         keeps_prefixes: Whether full blocks are kept after their requests, for prompts that begin alike.
         num_threads: Threads of the CPU operators; `None` leaves the process as it is.
         kernels: What the ops on the CPU run, for the whole process: `auto` takes native kernels where they
@@ -42,6 +44,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     max_model_len: int | None = None
     keeps_prefixes: bool = True
+    num_speculative_tokens: int = 0
     num_threads: int | None = None
     kernels: Kernels = "auto"
 
@@ -56,6 +59,7 @@ class EngineConfig:
         for field in ("num_blocks", "max_model_len", "num_threads"):
             if getattr(self, field) is not None:
                 _check_positive(field, getattr(self, field))
+        _check_count("num_speculative_tokens", self.num_speculative_tokens)
         if self.max_num_batched_tokens < self.max_num_sequences:
             raise ConfigError(
                 "max_num_batched_tokens",
@@ -67,6 +71,11 @@ class EngineConfig:
 def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(field, value, f"must be one of {', '.join(choices)}")
+
+
+def _check_count(field: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ConfigError(field, value, "must be a whole number of at least 0")
 
 
 def _check_positive(field: str, value: object) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from itertools import accumulate, count, groupby
+from itertools import accumulate, count
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from torch import Tensor
 from cuda_ops.errors import KernelsUnavailableError
 from cuda_ops.native import use_kernels
 from engine.admission import ModelInfo, check_request
+from engine.beam_progress import BeamProgress
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig
+from engine.decoding import Decoding, Turn
 from engine.errors import ConfigError, EngineError, InvalidRequestError, InvariantError, StepError
 from engine.kv_cache import KVCache, KVCacheShape
 from engine.model_config import ModelConfig
@@ -30,8 +32,9 @@ from engine.outputs import (
     TokenDelta,
     Usage,
 )
-from engine.progress import BeamProgress, RequestProgress, SampledProgress
-from engine.sampler import SamplerRow, most_probable, rank, sample, score
+from engine.progress import RequestProgress
+from engine.sampled_progress import SampledProgress
+from engine.sampler import rank, score
 from engine.sampling import SamplingParams
 from engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
 from engine.sequence import Request
@@ -80,7 +83,9 @@ class Engine:
             self._blocks,
             max_num_sequences=config.max_num_sequences,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            num_speculative_tokens=config.num_speculative_tokens,
         )
+        self._decoding = Decoding(self._scheduler, clock)
         cache = KVCache(shape, self.model_info.num_blocks, device)
         self._runner = ModelRunner(loaded.model, cache, config.block_size, device)
         self._config = config
@@ -180,17 +185,17 @@ class Engine:
         try:
             batch = self._scheduler.schedule()
             self._note_scheduling(batch, started_at)
-            deltas = self._run(batch)
+            turn = self._run(batch)
         except Exception as error:
             self._is_broken = True
             if isinstance(error, EngineError):
                 raise
             raise StepError(f"the step raised {type(error).__name__}: {error}") from error
         finished, self._finished = tuple(self._finished), []
-        stats = self._stats(batch, started_at, finished)
+        stats = self._stats(batch, turn, started_at, finished)
         if self._observer is not None:
             self._observer.on_step(stats)
-        return StepOutput(tuple(deltas), finished, stats)
+        return StepOutput(tuple(turn.deltas), finished, stats)
 
     def check_invariants(self) -> None:
         """Compare all accounts with each other; cheap enough for an idle loop.
@@ -223,83 +228,24 @@ class Engine:
         for request_id in {entry.request.request_id: None for entry in batch.entries}:
             self._progress[request_id].phases.took_part(len(batch.entries))
 
-    def _run(self, batch: ScheduledBatch) -> list[TokenDelta]:
-        """Compute the batch, then give each sequence that is due its next token."""
+    def _run(self, batch: ScheduledBatch) -> Turn:
+        """Compute the batch, then give each sequence that is due its next tokens."""
         if not batch.entries:
             if self._scheduler.has_work():
                 raise InvariantError("there is work and nothing was scheduled")
-            return []
+            return Turn()
         hidden = self._runner.run(batch)
         self._scheduler.commit(batch)
         self._collect_prompt_logprobs(batch, hidden)
-        due = _sequences_due(batch)
+        due = [entry for entry in batch.entries if entry.samples]
         if not due:
-            return []
-        logits = self._runner.logits(hidden, [row for row, _ in due])
-        return self._advance([request for _, request in due], logits)
-
-    def _advance(self, due: list[Request], logits: Tensor) -> list[TokenDelta]:
-        """`logits`: `[len(due), vocab_size]`; a request has a row for each of its sequences, in order."""
-        deltas: list[TokenDelta] = []
-        sampled: list[SampledProgress] = []
-        rows: list[SamplerRow] = []
-        for request, request_rows in _group_rows(due):
-            progress = self._progress[request.request_id]
-            if isinstance(progress, BeamProgress):
-                self._advance_beams(progress, logits[request_rows[0] : request_rows[-1] + 1])
-            elif isinstance(progress, SampledProgress) and request.params.max_tokens == 0:
-                deltas += progress.accept_nothing()
-                self._remove(progress)
-            elif isinstance(progress, SampledProgress):
-                own = self._sampler_rows(progress, request_rows)
-                rows += own
-                sampled += [progress] * len(own)
-        tokens = sample(logits, rows)
-        now = self._clock()
-        for progress, row, token in zip(sampled, rows, tokens, strict=True):
-            advance = progress.accept(row.sequence, token.token_id, token.entry)
-            progress.phases.got_token(now)
-            if advance.delta is not None:
-                deltas.append(advance.delta)
-            if advance.is_finished:
-                self._finish_sequence(progress, row.sequence, now)
-        return deltas
-
-    def _sampler_rows(self, progress: SampledProgress, request_rows: list[int]) -> list[SamplerRow]:
-        request = progress.request
-        if not request.is_forked and request.params.width > 1:
-            self._scheduler.fork(request)
-            request_rows = request_rows * request.params.width
-        return [
-            SamplerRow(
-                row,
-                sequence,
-                request.params,
-                request.seed,
-                progress.forbidden(sequence),
-                progress.allowed(sequence),
-            )
-            for row, sequence in zip(request_rows, request.sequences, strict=True)
-        ]
-
-    def _advance_beams(self, progress: BeamProgress, logits: Tensor) -> None:
-        """`logits`: `[num_beams, vocab_size]`, of the request's live sequences in order."""
-        request = progress.request
-        num_top = max(progress.search.num_candidates, request.params.logprobs or 0)
-        forbidden = [progress.forbidden(sequence) for sequence in request.sequences]
-        live = progress.advance(most_probable(logits, num_top, forbidden))
-        progress.phases.got_token(self._clock())
-        if not live:
-            self._remove(progress)
-            return
-        beams = []
-        for index, candidate in enumerate(live):
-            beam = self._scheduler.fork_sequence(request.sequences[candidate.parent], index)
-            beam.token_ids.append(candidate.token_id)
-            beam.cumulative_logprob = candidate.cumulative_logprob
-            beam.logprobs.append(candidate.entry)
-            beams.append(beam)
-        self._scheduler.replace_sequences(request, beams)
+            return Turn()
+        logits = self._runner.logits(hidden, _rows_due(batch))
+        progress = {entry.request.request_id: self._progress[entry.request.request_id] for entry in due}
+        turn = self._decoding.advance(due, progress, logits)
+        for ended in turn.ended:
+            self._settle(ended, self._clock())
+        return turn
 
     def _collect_prompt_logprobs(self, batch: ScheduledBatch, hidden: Tensor) -> None:
         first_row = 0
@@ -325,23 +271,14 @@ class Engine:
             if progress.params.prompt_logprobs is not None:
                 progress.prompt_ranks += rank(logits, targets)
 
-    def _finish_sequence(self, progress: RequestProgress, sequence: TokenSequence, at: float) -> None:
-        self._scheduler.finish_sequence(progress.request, sequence)
-        if not progress.request.sequences:
-            self._settle(progress, at)
-
-    def _remove(self, progress: RequestProgress) -> None:
-        self._scheduler.remove(progress.request)
-        self._settle(progress, self._clock())
-
     def _settle(self, progress: RequestProgress, at: float) -> None:
         del self._progress[progress.request.request_id]
         self._finished.append(progress.output(at))
 
     def _stats(
-        self, batch: ScheduledBatch, started_at: float, finished: tuple[RequestOutput, ...]
+        self, batch: ScheduledBatch, turn: Turn, started_at: float, finished: tuple[RequestOutput, ...]
     ) -> StepStats:
-        num_decode_tokens = sum(1 for entry in batch.entries if entry.is_decode)
+        num_decode_tokens = sum(entry.num_tokens for entry in batch.entries if entry.is_decode)
         return StepStats(
             started_at=started_at,
             duration_seconds=self._clock() - started_at,
@@ -355,19 +292,16 @@ class Engine:
             num_preempted=len(batch.preempted),
             joined=tuple(request.request_id for request in batch.joined),
             left=tuple(output.request_id for output in finished),
+            num_proposed_tokens=turn.num_proposed_tokens,
+            num_accepted_tokens=turn.num_accepted_tokens,
         )
 
 
-def _sequences_due(batch: ScheduledBatch) -> list[tuple[int, Request]]:
-    """For each sequence that gets a token: the row of its last token, and its request."""
+def _rows_due(batch: ScheduledBatch) -> list[int]:
+    """For each sequence that gets tokens: the rows of its last token and of those proposed to follow it."""
     ends = accumulate(entry.num_tokens for entry in batch.entries)
-    return [(end - 1, entry.request) for end, entry in zip(ends, batch.entries, strict=True) if entry.samples]
-
-
-def _group_rows(due: list[Request]) -> list[tuple[Request, list[int]]]:
-    """A request's rows lie together: its sequences decode in one step, or it has only one."""
-    rows = groupby(range(len(due)), key=lambda row: due[row].request_id)
-    return [(due[group[0]], group) for group in (list(members) for _, members in rows)]
+    pairs = zip(ends, batch.entries, strict=True)
+    return [row for end, entry in pairs if entry.samples for row in range(end - 1 - len(entry.proposal), end)]
 
 
 def _describe(loaded: LoadedModel, config: EngineConfig, shape: KVCacheShape) -> ModelInfo:

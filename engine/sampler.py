@@ -35,6 +35,7 @@ class SamplerRow:
     Attributes:
         row: Of the logits; several sequences may share one, right after a fork.
         forbidden: Tokens that must not be chosen.
+        ahead: Tokens that are taken to have followed those of the sequence.
         allowed: One bit for each token that may be; `None` for all.
     """
 
@@ -44,6 +45,7 @@ class SamplerRow:
     seed: int
     forbidden: frozenset[int] = frozenset()
     allowed: bytes | None = None
+    ahead: tuple[int, ...] = ()
 
     @property
     def changes_logits(self) -> bool:
@@ -51,7 +53,8 @@ class SamplerRow:
 
     @property
     def draw(self) -> float:
-        return uniform_draw(self.seed, self.sequence.index, len(self.sequence.token_ids))
+        position = len(self.sequence.token_ids) + len(self.ahead)
+        return uniform_draw(self.seed, self.sequence.index, position)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,11 +249,11 @@ def _apply_penalties(logits: Tensor, row: SamplerRow) -> None:
     """In place, on one row `[vocab_size]`."""
     params = row.params
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(row.sequence.token_ids)), device=logits.device)
+        seen = torch.tensor(sorted({*row.sequence.token_ids, *row.ahead}), device=logits.device)
         values = logits[seen]
         penalty = params.repetition_penalty
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    counts = Counter(row.sequence.output_token_ids)
+    counts = Counter((*row.sequence.output_token_ids, *row.ahead))
     if counts and (params.presence_penalty or params.frequency_penalty):
         ids = torch.tensor(list(counts), device=logits.device)
         occurrences = torch.tensor(list(counts.values()), device=logits.device)

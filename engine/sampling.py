@@ -122,6 +122,14 @@ class SamplingParams:
         )
 
     @property
+    def can_speculate(self) -> bool:
+        """Whether tokens may be run ahead of their turn.
+
+        Beams are ranked together, and a structure's mask would have to be made for each token ahead.
+        """
+        return not self.use_beam_search and self.structured_outputs is None
+
+    @property
     def needs_logprobs(self) -> bool:
         """Whether the chosen tokens' log-probabilities are wanted, by the client or to rank sequences."""
         return self.logprobs is not None or (self.width > self.n and not self.use_beam_search)

@@ -5,6 +5,7 @@ A step is filled in this order, so that nothing that already produces tokens is 
     1. decode     every request that decodes, oldest first; blocks run out: the newest request is preempted
     2. prefill    admitted prompts that are not through yet, oldest first, while the token budget lasts
     3. admit      waiting requests in order, while budget, seats and blocks last; not after a preemption
+    4. speculate  tokens proposed for those that decode, in what budget and free blocks are left
 
 The blocks of all known tokens are taken at admission, so only decoding can run out of them. The waiting line
 is never overtaken, and a preempted request keeps its place, so none starves within a priority.
@@ -14,13 +15,14 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 from engine.block_manager import BlockCopy, BlockManager
 from engine.errors import InvariantError
 from engine.prefix_cache import NOTHING_CACHED, ROOT, CachedPrefix
 from engine.sequence import Request, RequestStatus, Sequence
+from engine.speculation import PromptLookup
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,9 @@ class ScheduledSequence:
     """Tokens `start : start + num_tokens` of one sequence, to be run in this step.
 
     Attributes:
+        num_tokens: To run, the proposed ones included.
         samples: They are the last it has, so their logits choose the next one.
+        proposal: Tokens that may follow those it has; logits are wanted of its last own token and of these.
     """
 
     request: Request
@@ -36,6 +40,7 @@ class ScheduledSequence:
     start: int
     num_tokens: int
     samples: bool
+    proposal: tuple[int, ...] = ()
 
     @classmethod
     def next_of(cls, request: Request, sequence: Sequence, num_tokens: int) -> ScheduledSequence:
@@ -45,7 +50,16 @@ class ScheduledSequence:
     @property
     def is_decode(self) -> bool:
         """Whether it runs the token generated last, and not a prompt or tokens lost in a preemption."""
-        return self.num_tokens == 1 and self.samples and self.start >= self.sequence.num_prompt_tokens
+        num_own = self.num_tokens - len(self.proposal)
+        return num_own == 1 and self.samples and self.start >= self.sequence.num_prompt_tokens
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens to run."""
+        return [*self.sequence.token_ids[self.start : self.start + self.num_tokens], *self.proposal]
+
+    def with_proposal(self, proposal: tuple[int, ...]) -> ScheduledSequence:
+        return replace(self, num_tokens=self.num_tokens + len(proposal), proposal=proposal)
 
 
 @dataclass(slots=True)
@@ -75,8 +89,17 @@ class ScheduledBatch:
 class Scheduler:
     """The waiting line and the running set, both kept in order of priority, then arrival."""
 
-    def __init__(self, blocks: BlockManager, *, max_num_sequences: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_sequences: int,
+        max_num_batched_tokens: int,
+        num_speculative_tokens: int = 0,
+    ) -> None:
+        """`num_speculative_tokens`: proposed for one sequence in one step, at most; 0 is none."""
         self._blocks = blocks
+        self._num_speculative_tokens = num_speculative_tokens
         self._max_num_sequences = max_num_sequences
         self._max_num_batched_tokens = max_num_batched_tokens
         self._waiting: list[Request] = []
@@ -108,14 +131,25 @@ class Scheduler:
                 budget -= self._schedule_prefill(request, batch, budget)
         if not batch.preempted:
             self._admit(batch, budget)
+        if self._num_speculative_tokens:
+            self._speculate(batch)
         batch.put_single_tokens_first()
         return batch
 
     def commit(self, batch: ScheduledBatch) -> None:
         """Record that the step has run and its keys and values are in the cache."""
         for entry in batch.entries:
-            entry.sequence.num_computed_tokens = entry.start + entry.num_tokens
+            entry.sequence.num_computed_tokens = entry.start + entry.num_tokens - len(entry.proposal)
             self._publish(entry.sequence)
+
+    def accept_proposed(self, entry: ScheduledSequence, num_accepted: int) -> None:
+        """The first `num_accepted` proposed tokens are the sequence's own; the others' blocks are free."""
+        sequence = entry.sequence
+        sequence.num_computed_tokens += num_accepted
+        self._blocks.shorten(sequence.block_table, sequence.num_computed_tokens)
+        self._publish(sequence)
+        if sequence.lookup is not None:
+            sequence.lookup.learn(len(entry.proposal), num_accepted)
 
     def fork(self, request: Request) -> None:
         """Once the prompt is computed: one sequence becomes `params.width`, sharing all blocks."""
@@ -276,6 +310,31 @@ class Scheduler:
             block = sequence.block_table[slot]
             sequence.prefix_entry = self._blocks.publish(sequence.prefix_entry, tokens, block)
             sequence.num_published_blocks += 1
+
+    def _speculate(self, batch: ScheduledBatch) -> None:
+        """Let decoding sequences run proposed tokens too; nobody is preempted or kept waiting for them."""
+        budget = self._max_num_batched_tokens - batch.num_tokens
+        for index, entry in enumerate(batch.entries):
+            if budget > 0 and entry.is_decode and entry.request.params.can_speculate:
+                proposal = self._propose(entry, budget)
+                if proposal:
+                    self._blocks.extend(entry.sequence.block_table, entry.start + 1 + len(proposal))
+                    batch.entries[index] = entry.with_proposal(proposal)
+                    budget -= len(proposal)
+
+    def _propose(self, entry: ScheduledSequence, budget: int) -> tuple[int, ...]:
+        """At most what the budget, the free blocks and the request's `max_tokens` leave room for."""
+        sequence = entry.sequence
+        # The token chosen after the last proposed one counts too.
+        num_wanted = entry.request.params.max_tokens - sequence.num_output_tokens - 1
+        num_blocks = len(sequence.block_table) + self._blocks.num_free
+        num_slots = num_blocks * self._blocks.block_size - len(sequence.token_ids)
+        limit = min(budget, num_wanted, num_slots)
+        if limit < 1:
+            return ()
+        if sequence.lookup is None:
+            sequence.lookup = PromptLookup(self._num_speculative_tokens)
+        return sequence.lookup.propose(sequence.token_ids, limit)
 
     def _num_common_blocks(self, leader: Sequence, follower: Sequence) -> int:
         """Full blocks of equal tokens; the last token stays out, for each sequence decodes its own."""

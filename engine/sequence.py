@@ -7,6 +7,7 @@ from enum import Enum, auto
 
 from engine.prefix_cache import ROOT
 from engine.sampling import SamplingParams
+from engine.speculation import PromptLookup
 
 
 class RequestStatus(Enum):
@@ -38,6 +39,7 @@ class Sequence:
         prefix_entry: What it calls the last of them.
         cumulative_logprob: Of the output tokens, where log-probabilities are computed.
         logprobs: One entry per output token, where the client asked for them.
+        lookup: Proposes what comes next; `None` until it is first asked.
     """
 
     index: int
@@ -49,6 +51,7 @@ class Sequence:
     prefix_entry: int = ROOT
     cumulative_logprob: float = 0.0
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    lookup: PromptLookup | None = None
 
     @property
     def num_uncomputed_tokens(self) -> int:

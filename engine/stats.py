@@ -28,6 +28,7 @@ class RequestPhases:
             prefills again.
         num_steps: Steps that ran at least one of its sequences.
         mean_batch_size, max_batch_size: Sequences, its own included, in those steps.
+        num_proposed_tokens, num_accepted_tokens: Run ahead of their turn, and those of them that were kept.
     """
 
     arrived_at: float
@@ -38,6 +39,8 @@ class RequestPhases:
     num_steps: int
     mean_batch_size: float
     max_batch_size: int
+    num_proposed_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +49,12 @@ class StepStats:
 
     Attributes:
         batch_size: Sequences run in this step.
+        num_decode_tokens: Run for sequences that decode, the proposed ones included.
         num_running, num_waiting: Requests, after the step.
         num_blocks_used: Blocks of the KV cache in use, after the step.
         joined: Ids of the requests that were admitted in this step, again after a preemption.
         left: Ids of the requests that finished or whose abort was settled.
+        num_proposed_tokens, num_accepted_tokens: Run ahead of their turn, and those of them that were kept.
     """
 
     started_at: float
@@ -64,6 +69,8 @@ class StepStats:
     num_preempted: int
     joined: tuple[str, ...]
     left: tuple[str, ...]
+    num_proposed_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 class StepObserver(Protocol):
@@ -81,7 +88,9 @@ class PhaseRecorder:
         "_first_token_at",
         "_intervals",
         "_max_batch_size",
+        "_num_accepted",
         "_num_preemptions",
+        "_num_proposed",
         "_num_steps",
         "_phase",
         "_since",
@@ -97,6 +106,8 @@ class PhaseRecorder:
         self._num_steps = 0
         self._batch_size_sum = 0
         self._max_batch_size = 0
+        self._num_proposed = 0
+        self._num_accepted = 0
 
     def admitted(self, at: float) -> None:
         self._enter("prefill", at)
@@ -111,6 +122,10 @@ class PhaseRecorder:
         if self._first_token_at is None:
             self._first_token_at = at
         self._enter("decode", at)
+
+    def speculated(self, num_tokens: int, num_accepted: int) -> None:
+        self._num_proposed += num_tokens
+        self._num_accepted += num_accepted
 
     def took_part(self, batch_size: int) -> None:
         self._num_steps += 1
@@ -128,6 +143,8 @@ class PhaseRecorder:
             num_steps=self._num_steps,
             mean_batch_size=self._batch_size_sum / self._num_steps if self._num_steps else 0.0,
             max_batch_size=self._max_batch_size,
+            num_proposed_tokens=self._num_proposed,
+            num_accepted_tokens=self._num_accepted,
         )
 
     def _enter(self, phase: PhaseName, at: float) -> None:

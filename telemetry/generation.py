@@ -56,6 +56,7 @@ class GenerationRecord:
         output_tokens: of all choices together.
         item_index: of the prompt in a job of many, from 0; None where it is the only one.
         time_to_first_token_seconds: from `started_at_ns`.
+        num_proposed_tokens, num_accepted_tokens: run ahead of their turn, and those of them that were kept.
         error_type: a low-cardinality reason; None also for a cancelled generation, which is no error.
         prompts: content, drawn only by a caller that asks for it (see `generation`).
         outputs: content, one a choice.
@@ -89,6 +90,8 @@ class GenerationRecord:
     max_batch_size: int | None = None
     num_steps: int | None = None
     num_preemptions: int = 0
+    num_proposed_tokens: int = 0
+    num_accepted_tokens: int = 0
     error_type: str | None = None
     prompts: tuple[str, ...] = field(default=(), repr=False)
     outputs: tuple[str, ...] = field(default=(), repr=False)
@@ -212,6 +215,8 @@ def _response_attributes(record: GenerationRecord) -> dict[str, AttributeValue]:
         names.BATCH_SIZE_MAX: record.max_batch_size,
         names.STEPS: record.num_steps,
         names.PREEMPTIONS: record.num_preemptions or None,
+        names.PROPOSED_TOKENS: record.num_proposed_tokens or None,
+        names.ACCEPTED_TOKENS: record.num_accepted_tokens if record.num_proposed_tokens else None,
     }
     return {key: value for key, value in given.items() if value is not None}
 

@@ -48,6 +48,8 @@ LEASE_RENEWALS: Final = "throughline.lease.renewals"
 WORKERS: Final = "throughline.workers"
 STEP_DURATION: Final = "throughline.engine.step.duration"
 PREEMPTIONS: Final = "throughline.engine.preemptions"
+PROPOSED_TOKENS: Final = "throughline.engine.proposed_tokens"
+ACCEPTED_TOKENS: Final = "throughline.engine.accepted_tokens"
 REQUESTS_RUNNING: Final = "throughline.engine.requests.running"
 REQUESTS_WAITING: Final = "throughline.engine.requests.waiting"
 BLOCKS_USED: Final = "throughline.engine.kv_cache.blocks.used"
@@ -172,6 +174,8 @@ METRICS: Final[tuple[MetricShape, ...]] = (
     MetricShape(
         PREEMPTIONS, "counter", "{preemption}", "worker", "Requests put back for want of blocks", (MODEL,)
     ),
+    MetricShape(PROPOSED_TOKENS, "counter", "{token}", "worker", "Tokens run ahead of their turn", (MODEL,)),
+    MetricShape(ACCEPTED_TOKENS, "counter", "{token}", "worker", "Those of them that were kept", (MODEL,)),
     MetricShape(REQUESTS_RUNNING, "gauge", "{request}", "worker", "Requests in the batch", (MODEL,)),
     MetricShape(REQUESTS_WAITING, "gauge", "{request}", "worker", "Requests at the engine's door", (MODEL,)),
     MetricShape(BLOCKS_USED, "gauge", "{block}", "worker", "KV cache blocks in use", (MODEL,)),

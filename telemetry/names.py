@@ -61,6 +61,8 @@ BATCH_SIZE_MEAN: Final = "throughline.engine.batch_size.mean"
 BATCH_SIZE_MAX: Final = "throughline.engine.batch_size.max"
 STEPS: Final = "throughline.engine.steps"
 PREEMPTIONS: Final = "throughline.engine.preemptions"
+PROPOSED_TOKENS: Final = "throughline.engine.proposed_tokens"
+ACCEPTED_TOKENS: Final = "throughline.engine.accepted_tokens"
 PHASE_TOKENS: Final = "throughline.engine.phase.tokens"
 PHASE_STEPS: Final = "throughline.engine.phase.steps"
 STEP_BATCH_SIZE: Final = "throughline.engine.step.batch_size"
@@ -275,6 +277,8 @@ SPANS: Final[tuple[SpanShape, ...]] = (
             BATCH_SIZE_MAX,
             STEPS,
             PREEMPTIONS,
+            PROPOSED_TOKENS,
+            ACCEPTED_TOKENS,
             ERROR_TYPE,
             VLLM_REQUEST_ID,
             *_VLLM_INTS,
@@ -312,6 +316,8 @@ ATTRIBUTES: Final[tuple[Attribute, ...]] = (
         BATCH_SIZE_MAX,
         STEPS,
         PREEMPTIONS,
+        PROPOSED_TOKENS,
+        ACCEPTED_TOKENS,
         PHASE_TOKENS,
         PHASE_STEPS,
         *_STEP,

@@ -69,6 +69,7 @@ def engine_runtime(
         max_num_batched_tokens=max(settings.max_num_batched_tokens, settings.max_num_sequences),
         kv_cache_bytes=settings.kv_cache_bytes,
         keeps_prefixes=settings.prefix_cache,
+        num_speculative_tokens=settings.speculative_tokens,
         num_threads=settings.engine_threads,
         kernels=settings.kernels,
     )

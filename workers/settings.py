@@ -35,6 +35,8 @@ class WorkerSettings(BaseSettings):
     kv_cache_bytes: int = Field(default=1 << 30, ge=1 << 20)
     prefix_cache: bool = True
     """Keep computed blocks for prompts that begin alike, until their room is needed."""
+    speculative_tokens: int = Field(default=0, ge=0, le=64)
+    """Tokens of a sequence run ahead of their turn in a step, at most; 0 is off. For text that repeats."""
     num_threads: int | None = Field(default=None, ge=1)
     """Of the CPU operators; unset leaves it to torch."""
     kernels: Literal["auto", "native", "reference"] = "auto"

@@ -86,6 +86,7 @@ def command(
     device: str | None,
     trace_steps: float | None,
     trace_slow_steps: float | None,
+    speculative_tokens: int | None,
     state_dir: Path,
     grace_seconds: float,
     trace_viewer: bool,
@@ -114,6 +115,7 @@ def command(
         device,
         trace_steps,
         trace_slow_steps,
+        speculative_tokens,
     )
     stack_options = StackOptions(serve, host, port, num_workers, grace_seconds)
     with ExitStack() as exits:

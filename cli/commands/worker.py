@@ -37,6 +37,7 @@ def command(
     device: str | None,
     trace_steps: float | None,
     trace_slow_steps: float | None,
+    speculative_tokens: int | None,
 ) -> None:
     """Run one worker: an ordinary Celery worker whose tasks feed one continuously batching engine.
 
@@ -52,6 +53,7 @@ def command(
         device,
         trace_steps,
         trace_slow_steps,
+        speculative_tokens,
     )
     environ = settings.with_project_importable(settings.environment(serve, os.environ))
     # Celery imports the app with its current folder first on the path, where another `workers` could lie.

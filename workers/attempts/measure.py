@@ -42,6 +42,8 @@ class WorkerMetrics:
         self._republished = metrics.counter(meter, metrics.JOBS_REPUBLISHED)
         self._step_duration = metrics.histogram(meter, metrics.STEP_DURATION)
         self._preemptions = metrics.counter(meter, metrics.PREEMPTIONS)
+        self._proposed_tokens = metrics.counter(meter, metrics.PROPOSED_TOKENS)
+        self._accepted_tokens = metrics.counter(meter, metrics.ACCEPTED_TOKENS)
 
     def claimed(self, delivery: Delivery, claim: Claim, received_at_ns: int) -> None:
         self._count_lost(delivery, claim)
@@ -90,6 +92,8 @@ class WorkerMetrics:
         for seconds in tally.durations_seconds:
             self._step_duration.record(seconds, self._model)
         self._preemptions.add(tally.num_preempted, self._model)
+        self._proposed_tokens.add(tally.num_proposed_tokens, self._model)
+        self._accepted_tokens.add(tally.num_accepted_tokens, self._model)
 
     def watch_engine(self, last_stats: Callable[[], StepStats | None]) -> None:
         """Show the state after the step told of last; nothing before the first."""

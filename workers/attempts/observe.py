@@ -273,6 +273,8 @@ class AttemptObserver:
             max_batch_size=phases.max_batch_size,
             num_steps=phases.num_steps,
             num_preemptions=phases.num_preemptions,
+            num_proposed_tokens=phases.num_proposed_tokens,
+            num_accepted_tokens=phases.num_accepted_tokens,
             error_type="generation_failed" if output.error else None,
             prompts=(prompt,) if prompt is not None else (),
             outputs=tuple(c.text for c in output.completions) if self.captures_content else (),

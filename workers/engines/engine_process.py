@@ -45,6 +45,8 @@ class EngineLoop:
         self._refused: list[Refused] = []
         self._durations: list[float] = []
         self._num_preempted = 0
+        self._num_proposed_tokens = 0
+        self._num_accepted_tokens = 0
         self._sampling = sampling
         self._num_steps = 0
         self._sampled: list[StepStats] = []
@@ -92,6 +94,8 @@ class EngineLoop:
         output = self._engine.step()
         self._durations.append(output.stats.duration_seconds)
         self._num_preempted += output.stats.num_preempted
+        self._num_proposed_tokens += output.stats.num_proposed_tokens
+        self._num_accepted_tokens += output.stats.num_accepted_tokens
         if self._sampling is not None:
             self._sample(self._sampling, output.stats)
         if output.finished or self._refused or self._is_due():
@@ -112,9 +116,11 @@ class EngineLoop:
     def _take_tally(self) -> StepTally | None:
         if not self._durations:
             return None
-        tally = StepTally(tuple(self._durations), self._num_preempted)
+        tally = StepTally(
+            tuple(self._durations), self._num_preempted, self._num_proposed_tokens, self._num_accepted_tokens
+        )
         self._durations.clear()
-        self._num_preempted = 0
+        self._num_preempted = self._num_proposed_tokens = self._num_accepted_tokens = 0
         return tally
 
     def _is_due(self) -> bool:

@@ -105,6 +105,8 @@ class StepTally:
 
     durations_seconds: tuple[float, ...]
     num_preempted: int
+    num_proposed_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

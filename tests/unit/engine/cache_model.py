@@ -23,7 +23,7 @@ class CacheModel:
         for entry in batch.entries:
             for position in range(entry.start, entry.start + entry.num_tokens):
                 slot = self._slot(entry.sequence, position)
-                self.slots[slot] = tuple(entry.sequence.token_ids[: position + 1])
+                self.slots[slot] = _beginning(entry, position)
         for entry in batch.entries:
             self._read(entry)
 
@@ -39,7 +39,7 @@ class CacheModel:
     def _read(self, entry: ScheduledSequence) -> None:
         for position in range(entry.start + entry.num_tokens):
             found = self.slots.get(self._slot(entry.sequence, position))
-            assert found == tuple(entry.sequence.token_ids[: position + 1]), (
+            assert found == _beginning(entry, position), (
                 f"position {position} of a sequence of {len(entry.sequence.token_ids)} tokens was overwritten"
             )
 
@@ -47,3 +47,8 @@ class CacheModel:
         return (
             sequence.block_table[position // self.block_size] * self.block_size + position % self.block_size
         )
+
+
+def _beginning(entry: ScheduledSequence, position: int) -> tuple[int, ...]:
+    """The tokens up to this one, proposed ones included."""
+    return (*entry.sequence.token_ids, *entry.proposal)[: position + 1]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from engine.block_manager import BlockManager
 from engine.errors import InvariantError
 from engine.sampling import SamplingParams
-from engine.scheduler import ScheduledBatch, Scheduler, max_blocks_of
+from engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler, max_blocks_of
 from engine.sequence import Request, RequestStatus, Sequence
 from tests.unit.engine.cache_model import CacheModel
 
@@ -21,6 +21,7 @@ class Limits:
     block_size: int
     max_num_sequences: int
     max_num_batched_tokens: int
+    num_speculative_tokens: int = 0
 
 
 @dataclass
@@ -39,9 +40,11 @@ class Bench:
             self.blocks,
             max_num_sequences=self.limits.max_num_sequences,
             max_num_batched_tokens=self.limits.max_num_batched_tokens,
+            num_speculative_tokens=self.limits.num_speculative_tokens,
         )
         self.cache = CacheModel(self.limits.block_size)
         self.random = random.Random(self.seed)
+        self.num_accepted = 0
 
     def add(
         self, num_prompt: int, max_tokens: int, width: int, *, beam: bool = False, priority: int = 0
@@ -75,10 +78,12 @@ class Bench:
         self.cache.run(batch)
         self.scheduler.commit(batch)
         self.joined += batch.joined
-        for request in {
-            id(entry.request): entry.request for entry in batch.entries if entry.samples
-        }.values():
-            self._advance(request)
+        due: dict[str, list[ScheduledSequence]] = {}
+        for entry in batch.entries:
+            if entry.samples:
+                due.setdefault(entry.request.request_id, []).append(entry)
+        for entries in due.values():
+            self._advance(entries)
         self.scheduler.check_invariants()
         return batch
 
@@ -89,6 +94,11 @@ class Bench:
         assert all(entry.request.status is RequestStatus.RUNNING for entry in batch.entries)
         lengths = [entry.num_tokens for entry in batch.entries]
         assert all(length >= 1 for length in lengths)
+        for entry in batch.entries:
+            assert not entry.proposal or (entry.is_decode and not entry.request.params.use_beam_search)
+            assert len(entry.proposal) <= self.limits.num_speculative_tokens
+            num_tokens = entry.sequence.num_output_tokens + len(entry.proposal)
+            assert num_tokens < entry.request.params.max_tokens or not entry.proposal
         assert sorted(lengths, key=lambda length: length != 1) == lengths
 
     def run_to_end(self) -> int:
@@ -99,18 +109,37 @@ class Bench:
             num_steps += 1
         return num_steps
 
-    def _advance(self, request: Request) -> None:
+    def _advance(self, entries: list[ScheduledSequence]) -> None:
+        """`entries`: of one request."""
+        request = entries[0].request
         if request.params.use_beam_search:
             self._advance_beams(request)
-            return
-        if not request.is_forked and request.params.width > 1:
+        elif not request.is_forked and request.params.width > 1:
             self.scheduler.fork(request)
-        for sequence in list(request.sequences):
+            for sequence in list(request.sequences):
+                self._append(request, sequence, entries[0])
+        else:
+            for entry in entries:
+                self._append(request, entry.sequence, entry)
+
+    def _append(self, request: Request, sequence: Sequence, entry: ScheduledSequence) -> None:
+        """One token, and one more for each proposed one that was right; the last may end the sequence."""
+        proposal, num_accepted = entry.proposal, 0
+        for place in range(len(proposal) + 1):
             sequence.token_ids.append(self.random.randrange(self.num_token_kinds))
-            at_end = sequence.num_output_tokens >= request.params.max_tokens
             # Sequences of one request may stop at different lengths.
-            if at_end or (sequence.index and self.random.random() < 0.05):
-                self.scheduler.finish_sequence(request, sequence)
+            is_over = sequence.num_output_tokens >= request.params.max_tokens or (
+                sequence.index > 0 and self.random.random() < 0.05
+            )
+            is_right = place < len(proposal) and sequence.token_ids[-1] == proposal[place]
+            num_accepted += is_right
+            if is_over or not is_right:
+                break
+        if proposal:
+            self.scheduler.accept_proposed(entry, num_accepted)
+            self.num_accepted += num_accepted
+        if is_over:
+            self.scheduler.finish_sequence(request, sequence)
 
     def _advance_beams(self, request: Request) -> None:
         beams = []
@@ -132,6 +161,7 @@ def limits(draw: st.DrawFn) -> Limits:
         block_size=draw(st.sampled_from([1, 2, 4, 5])),
         max_num_sequences=max_num_sequences,
         max_num_batched_tokens=draw(st.integers(max_num_sequences, 40)),
+        num_speculative_tokens=draw(st.sampled_from([0, 1, 3, 8])),
     )
 
 
@@ -228,6 +258,40 @@ def test_scheduler_preempts_the_newest_request_when_blocks_run_out() -> None:
 
     assert preempted
     assert set(preempted) == {"1"}
+
+
+def test_scheduler_guesses_what_followed_before_and_gives_back_the_blocks_of_wrong_guesses() -> None:
+    limits = Limits(
+        num_blocks=40, block_size=2, max_num_sequences=1, max_num_batched_tokens=32, num_speculative_tokens=5
+    )
+    bench = Bench(limits, num_token_kinds=2)
+    bench.add(20, 60, 1)
+    sequence = bench.requests[0].sequences[0]
+
+    proposals = []
+    while bench.scheduler.has_work():
+        proposals += [len(entry.proposal) for entry in bench.step().entries]
+        if sequence.block_table:
+            assert len(sequence.block_table) == bench.blocks.num_blocks_for(sequence.num_computed_tokens)
+
+    assert max(proposals) == 5
+    assert 0 < bench.num_accepted < sum(proposals)
+
+
+def test_scheduler_guesses_only_what_the_token_budget_leaves() -> None:
+    limits = Limits(
+        num_blocks=9, block_size=99, max_num_sequences=2, max_num_batched_tokens=6, num_speculative_tokens=8
+    )
+    bench = Bench(limits, num_token_kinds=1)
+    bench.add(6, 60, 1)
+    bench.step()
+    bench.add(16, 4, 1)
+
+    batches = [bench.step() for _ in range(4)]
+
+    assert [[len(entry.proposal) for entry in batch.entries] for batch in batches[:3]] == [[0, 0]] * 3
+    assert [entry.num_tokens for entry in batches[0].entries] == [1, 5]
+    assert sum(len(entry.proposal) for entry in batches[3].entries) == 4
 
 
 def test_scheduler_serves_the_smaller_priority_first() -> None:

@@ -14,15 +14,18 @@ from engine.sampling import SamplingParams
 POLICY_MODULES = (
     "admission",
     "beam",
+    "beam_progress",
     "block_manager",
     "config",
     "detokenizer",
     "errors",
     "outputs",
     "progress",
+    "sampled_progress",
     "sampling",
     "scheduler",
     "sequence",
+    "speculation",
     "stats",
     "stop",
     "text",
@@ -43,6 +46,7 @@ POLICY_MODULES = (
         ("max_num_batched_tokens", 255),
         ("max_model_len", 0),
         ("num_threads", 0),
+        ("num_speculative_tokens", -1),
     ],
 )
 def test_engine_config_names_field_value_and_rule_of_a_bad_setting(field: str, value: object) -> None:

@@ -160,7 +160,11 @@ class Soak:
 @pytest.fixture(scope="module")
 def soaked() -> Soak:
     engine_under_test = make_engine(
-        engine.builtin.path(), block_size=8, num_blocks=32, max_num_batched_tokens=48
+        engine.builtin.path(),
+        block_size=8,
+        num_blocks=32,
+        max_num_batched_tokens=48,
+        num_speculative_tokens=3,
     )
     soak = Soak(engine_under_test, random.Random(20261122))
     soak.through(NUM_REQUESTS)
@@ -185,6 +189,8 @@ def test_soak_is_rough_enough_to_prove_something(soaked: Soak) -> None:
     assert soaked.num_refused > 0
     assert reasons.keys() == {"stop", "length", "abort"}
     assert max(step.stats.batch_size for step in steps) > 8
+    num_accepted = sum(step.stats.num_accepted_tokens for step in steps)
+    assert 0 < num_accepted < sum(step.stats.num_proposed_tokens for step in steps)
 
 
 def test_soak_counts_the_tokens_of_each_request(soaked: Soak) -> None:

@@ -130,6 +130,8 @@ def test_generation_carries_every_parameter_when_all_are_given(recorded: Recorde
         max_batch_size=32,
         num_steps=10,
         num_preemptions=1,
+        num_proposed_tokens=4,
+        num_accepted_tokens=3,
     )
 
     drawn = draw_generation(recorded, record, capture_content=True, uses_vllm_keys=True)

@@ -180,6 +180,13 @@ def test_steps_become_durations_and_preemptions(bench: Bench) -> None:
     assert bench.points(metrics.PREEMPTIONS)[0].value == 2
 
 
+def test_steps_count_the_tokens_run_ahead_and_those_that_were_kept(bench: Bench) -> None:
+    bench.metrics.stepped(StepTally((0.1,), 0, num_proposed_tokens=7, num_accepted_tokens=5))
+
+    assert bench.points(metrics.PROPOSED_TOKENS)[0].value == 7
+    assert bench.points(metrics.ACCEPTED_TOKENS)[0].value == 5
+
+
 def test_engine_gauges_show_the_last_step_and_nothing_before_the_first(bench: Bench) -> None:
     shown: list[StepStats] = []
     bench.metrics.watch_engine(lambda: shown[-1] if shown else None)
