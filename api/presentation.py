@@ -34,6 +34,7 @@ def job_object(job: Job, trace_links: TraceLinks) -> JobObject:
         cancelling_at=_seconds(job.cancelling_at),
         cancelled_at=_ended_as(job, JobState.CANCELLED),
         expired_at=_ended_as(job, JobState.EXPIRED),
+        next_attempt_at=_seconds(job.next_attempt_at),
         expires_at=_seconds(job.expires_at),
         result_expires_at=_seconds(job.result_expires_at),
         priority=job.priority,

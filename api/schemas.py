@@ -241,6 +241,8 @@ class JobObject(BaseModel):
     cancelling_at: int | None
     cancelled_at: int | None
     expired_at: int | None
+    next_attempt_at: int | None
+    """When the job goes into its queue, while it waits for that."""
     expires_at: int | None
     result_expires_at: int | None
     priority: Priority

@@ -11,6 +11,7 @@ from uuid import uuid4
 
 from fastapi import Depends, Request
 
+from api import schedule
 from api.catalog import Catalog
 from api.intake import Intake, IntakeLimits
 from api.measure import SILENT, ApiMetrics, QueueWatch
@@ -28,6 +29,7 @@ from jobs.redis_connection import connect_async, connect_reader
 from jobs.redis_registry import RedisModelDirectory
 from jobs.redis_store import RedisSubmissionStore
 from jobs.registry import ModelDirectory
+from jobs.schedule import AsyncSchedule, RedisAsyncSchedule
 from jobs.settings import JobsSettings
 from jobs.store import SubmissionStore
 
@@ -44,6 +46,7 @@ class Backends:
     directory: ModelDirectory
     publisher: Publisher
     clock: Clock
+    schedule: AsyncSchedule
     backlog: BacklogReader | None = None
     """For the queues' gauges; without it there are none."""
 
@@ -90,6 +93,7 @@ def redis_backends(settings: JobsSettings) -> Connect:
                 directory=RedisModelDirectory(client, settings),
                 publisher=publisher,
                 clock=SystemClock(),
+                schedule=RedisAsyncSchedule(client, settings),
                 backlog=RedisBacklog(client, settings),
             )
         finally:
@@ -106,7 +110,10 @@ async def run_services(
     """Services whose reply reader runs; at the end nothing of them is left, here or in the store."""
     async with connect() as backends:
         services = _build(settings, backends, metrics)
-        tasks = {asyncio.create_task(services.replies.run(), name="reply-reader")}
+        tasks = {
+            asyncio.create_task(services.replies.run(), name="reply-reader"),
+            asyncio.create_task(schedule.keep(backends.schedule, backends.clock), name="schedule"),
+        }
         if backends.backlog is not None and metrics is not SILENT:
             watch = QueueWatch(backends.backlog, services.catalog, backends.clock)
             watch.show(metrics.meter)

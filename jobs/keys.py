@@ -22,6 +22,16 @@ class Keys:
     def queues(self) -> str:
         return f"{self.prefix}queues"
 
+    @property
+    def due(self) -> str:
+        """Jobs that wait for their time, by that time."""
+        return f"{self.prefix}due"
+
+    @property
+    def deadlines(self) -> str:
+        """Open jobs that have a deadline, by it."""
+        return f"{self.prefix}deadlines"
+
     def idempotency(self, key: str) -> str:
         return f"{self.prefix}idempotency:{key}"
 

@@ -47,7 +47,7 @@ class Ledger:
             return bool(self._client.set(self._keys.reconciler, worker, nx=True, ex=TURN_SECONDS))
 
     def is_short(self) -> bool:
-        """More jobs are open than messages exist. Cheap: counts only.
+        """More jobs are open than messages exist and wait for their time. Cheap: counts only.
 
         Short for a moment is normal: a job is stored before it is published.
         """
@@ -59,6 +59,7 @@ class Ledger:
             for key in self._lists(queues):
                 pipeline.llen(key)
             pipeline.hlen(self._keys.broker_unacked)
+            pipeline.zcard(self._keys.due)
             counts = pipeline.execute()
         return bool(sum(counts[: len(queues)]) > sum(counts[len(queues) :]))
 
@@ -66,7 +67,7 @@ class Ledger:
         """Reads every message and every open job: only when the counts say so."""
         with store_errors():
             queues = self._queues()
-            known = set(self._ids_in_broker(queues))
+            known = {*self._ids_in_broker(queues), *self._client.zrange(self._keys.due, 0, -1)}
             return [
                 LostJob(JobId(id), queue, traceparent)
                 for queue in queues

@@ -24,6 +24,7 @@ from jobs.record import (
     worker_lost_failure,
 )
 from jobs.registry import ALIVE_SECONDS, ModelCard, ServedModel
+from jobs.schedule import Advance
 from jobs.states import JobState
 from jobs.store import (
     FORGIVEN_LIMIT,
@@ -164,16 +165,17 @@ class MemoryStore:
                 return Claim(ClaimOutcome.MISSING)
             lost_since = "" if record["state"] == JobState.QUEUED else record.get("in_progress_at", "")
             if (ended := self._refuse_or_end(record, token, now)) is not None:
-                if ended is ClaimOutcome.HELD:
+                if ended in (ClaimOutcome.HELD, ClaimOutcome.WAITING):
                     return Claim(ended)
                 is_final = ended is ClaimOutcome.FINAL
                 return to_refusal(
                     ended,
                     record["attempts"],
-                    "" if is_final else lost_since,
+                    record.pop("vanished_since", "") if is_final else lost_since,
                     record["state"] if is_final else "",
                     record.get("released_at", ""),
                     "1" if _ended_in_queue(record) else "",
+                    record.get("published_at", ""),
                 )
             if record.get("lease_token") != token:
                 record.update(
@@ -197,6 +199,8 @@ class MemoryStore:
         state = JobState(record["state"])
         if state.is_final:
             return ClaimOutcome.FINAL
+        if "next_attempt_at" in record:
+            return ClaimOutcome.WAITING
         if state is not JobState.QUEUED:
             if record["lease_token"] == token:
                 return None
@@ -210,7 +214,7 @@ class MemoryStore:
         if "expires_at" in record and float(record["expires_at"]) <= now:
             self._finish(record, JobState.EXPIRED, now)
             return ClaimOutcome.EXPIRED
-        if int(record["attempts"]) - _num_forgiven(record) >= int(record["max_attempts"]):
+        if _num_counted(record) >= int(record["max_attempts"]):
             record.setdefault("failure", worker_lost_failure().model_dump_json())
             self._finish(record, JobState.FAILED, now)
             return ClaimOutcome.EXHAUSTED
@@ -262,6 +266,8 @@ class MemoryStore:
         now: float,
         failure: Failure | None = None,
         is_forgiven: bool = False,
+        next_attempt_at: float | None = None,
+        message_tag: str = "",
     ) -> SettleOutcome:
         with self._lock:
             record = self._records.get(id)
@@ -281,7 +287,41 @@ class MemoryStore:
             record["released_at"] = repr(now)
             self._drop_lease(record)
             self._notify(record)
-            return SettleOutcome.SETTLED
+            if next_attempt_at is None or _num_counted(record) >= int(record["max_attempts"]):
+                return SettleOutcome.SETTLED
+            record["next_attempt_at"] = repr(next_attempt_at)
+            return SettleOutcome.WAITING
+
+    def advance(self, *, now: float) -> Advance:
+        """As `jobs.schedule.Schedule`; waiting jobs that end are published too."""
+        with self._lock:
+            overdue = [id for id in self._ids_at("expires_at", now) if self._is_ended_by_time(id, now)]
+            due = self._ids_at("next_attempt_at", now)
+            for id in due:
+                self._publish_due(self._records[id], now)
+            return Advance(num_ended=len(overdue), num_published=len(due))
+
+    def _ids_at(self, name: str, now: float) -> list[JobId]:
+        return [
+            id
+            for id, record in self._records.items()
+            if name in record and float(record[name]) <= now and not JobState(record["state"]).is_final
+        ]
+
+    def _is_ended_by_time(self, id: JobId, now: float) -> bool:
+        record = self._records[id]
+        if "lease_expires_at" in record:
+            if float(record["lease_expires_at"]) > now:
+                return False
+            record["vanished_since"] = record["in_progress_at"]
+        is_cancelling = record["state"] == JobState.CANCELLING
+        self._finish(record, JobState.CANCELLED if is_cancelling else JobState.EXPIRED, now)
+        return True
+
+    def _publish_due(self, record: dict[str, str], now: float) -> None:
+        del record["next_attempt_at"]
+        record["published_at"] = repr(now)
+        self.published.append((JobId(record["id"]), record["queue"]))
 
     def read_cancels(self, worker: WorkerId, after: str, *, block_seconds: float) -> list[tuple[str, JobId]]:
         deadline = monotonic() + block_seconds
@@ -321,6 +361,8 @@ class MemoryStore:
     # Shared
 
     def _finish(self, record: dict[str, str], state: JobState, now: float) -> None:
+        if "next_attempt_at" in record:
+            self._publish_due(record, now)
         record.update(
             state=state.value, finished_at=repr(now), result_expires_at=repr(now + self.result_ttl_seconds)
         )
@@ -356,6 +398,16 @@ class MemoryStore:
             return [entry for entry in self._streams.get(stream, []) if entry[0] > int(after)]
 
 
+@dataclass(frozen=True, slots=True)
+class MemorySchedule:
+    """`jobs.schedule.AsyncSchedule` over a store."""
+
+    store: MemoryStore
+
+    async def advance(self, *, now: float) -> Advance:
+        return self.store.advance(now=now)
+
+
 def _ended_in_queue(record: dict[str, str]) -> bool:
     claimed_at, released_at = record.get("in_progress_at", ""), record.get("released_at", "")
     return not claimed_at or (bool(released_at) and float(released_at) >= float(claimed_at))
@@ -363,6 +415,10 @@ def _ended_in_queue(record: dict[str, str]) -> bool:
 
 def _num_forgiven(record: dict[str, str]) -> int:
     return int(record.get("forgiven", "0"))
+
+
+def _num_counted(record: dict[str, str]) -> int:
+    return int(record["attempts"]) - _num_forgiven(record)
 
 
 def _forgive(record: dict[str, str]) -> None:

@@ -175,6 +175,8 @@ class Job(Document):
     cancelling_at: float | None = None
     finished_at: float | None = None
     """When it reached its final state, whichever that is."""
+    next_attempt_at: float | None = None
+    """When it goes into its queue, while it waits for that: before a retry."""
     expires_at: float | None = None
     result_expires_at: float | None = None
     attempts: int = 0

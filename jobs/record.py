@@ -21,6 +21,7 @@ JOB_FIELDS = (
     "in_progress_at",
     "cancelling_at",
     "finished_at",
+    "next_attempt_at",
     "expires_at",
     "result_expires_at",
     "attempts",
@@ -88,6 +89,7 @@ CLAIMED_FIELDS = (
     "lost_since",
     "released_at",
     "forgiven",
+    "published_at",
 )
 """What a claim reads, in the order of `to_claim` and of `lua/claim.lua`."""
 
@@ -102,6 +104,7 @@ def to_claim(
     lost_since: str,
     released_at: str,
     forgiven: str,
+    published_at: str,
 ) -> Claim:
     attempt = int(attempts)
     return Claim(
@@ -109,12 +112,13 @@ def to_claim(
         attempt=attempt,
         request=JobRequest.model_validate_json(request),
         queued_at=float(queued_at),
-        expires_at=float(expires_at) if expires_at else None,
+        expires_at=_time(expires_at),
         traceparent=traceparent or None,
         previous_traceparent=previous_traceparent or None,
         lost=_lost_attempt(attempt - 1, lost_since),
-        released_at=float(released_at) if released_at else None,
+        released_at=_time(released_at),
         forgiven=int(forgiven or 0),
+        published_at=_time(published_at),
     )
 
 
@@ -125,15 +129,21 @@ def to_refusal(
     state: str = "",
     released_at: str = "",
     in_queue: str = "",
+    published_at: str = "",
 ) -> Claim:
     """A claim that was not given, or that ended the job."""
     return Claim(
         ClaimOutcome(outcome),
         lost=_lost_attempt(int(attempts), lost_since),
-        released_at=float(released_at) if released_at else None,
+        released_at=_time(released_at),
         ended_as=JobState(state) if state else None,
         ended_in_queue=bool(in_queue),
+        published_at=_time(published_at),
     )
+
+
+def _time(stored: str) -> float | None:
+    return float(stored) if stored else None
 
 
 def _lost_attempt(attempt: int, started_at: str) -> LostAttempt | None:

@@ -193,12 +193,15 @@ class RedisAttemptStore:
         now: float,
         failure: Failure | None = None,
         is_forgiven: bool = False,
+        next_attempt_at: float | None = None,
+        message_tag: str = "",
     ) -> SettleOutcome:
         args: list[Any] = [self._keys.prefix, id, token, repr(now), self._ttl]
         last = failure.model_dump_json() if failure else ""
         limit = FORGIVEN_LIMIT if is_forgiven else ""
+        at = "" if next_attempt_at is None else repr(next_attempt_at)
         with store_errors():
-            reply = self._release(keys=[self._keys.job(id)], args=[*args, last, limit])
+            reply = self._release(keys=[self._keys.job(id)], args=[*args, last, limit, at, message_tag])
         return SettleOutcome(reply)
 
     def read_cancels(self, worker: WorkerId, after: str, *, block_seconds: float) -> list[tuple[str, JobId]]:

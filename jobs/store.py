@@ -107,6 +107,8 @@ class ClaimOutcome(StrEnum):
     """It ended before (a second delivery, or cancelled while queued): drop the message."""
     HELD = "held"
     """Another worker's lease is still good: drop the message; the reconciler watches that lease."""
+    WAITING = "waiting"
+    """Its time has not come: drop the message; the job's own comes when it is due."""
     CANCELLED = "cancelled"
     """It was being cancelled when its worker died; this claim ended it."""
     EXPIRED = "expired"
@@ -137,7 +139,8 @@ class Claim:
     previous_traceparent: str | None = None
     """The span of the attempt before, however that one ended."""
     lost: LostAttempt | None = None
-    """The attempt before, if its lease ran out. Set when claimed, cancelled, expired or exhausted."""
+    """The attempt before, if its lease ran out. Set when claimed, cancelled, expired or exhausted, and once
+    of a job whose deadline came then."""
     released_at: float | None = None
     """When an attempt last gave the job back, and its wait began anew. Unix seconds. As `lost`, or final."""
     forgiven: int = 0
@@ -146,10 +149,14 @@ class Claim:
     """Set when the job was final already."""
     ended_in_queue: bool = False
     """It ended, or was ended by this claim, while it waited; not while an attempt was at it."""
+    published_at: float | None = None
+    """When the job's last wait for its time was over, if it had one. Unix seconds. As `lost`, or final."""
 
 
 class SettleOutcome(StrEnum):
     SETTLED = "settled"
+    WAITING = "waiting"
+    """Given back, and published again when its time comes."""
     DUPLICATE = "duplicate"
     """The job was final already; nothing changed."""
     CANCELLED = "cancelled"
@@ -228,8 +235,13 @@ class AttemptStore(Protocol):
         now: float,
         failure: Failure | None = None,
         is_forgiven: bool = False,
+        next_attempt_at: float | None = None,
+        message_tag: str = "",
     ) -> SettleOutcome:
         """Give the job back as queued. SETTLED when done; the caller then requeues the message.
+
+        With `next_attempt_at`, and an attempt left, the outcome is WAITING: the job is kept until then, and
+        the broker's message of that delivery tag with it, in the same act. `Schedule.advance` publishes it.
 
         Without a failure (a worker that shuts down) the attempt is not counted. With one it is, and the
         failure becomes the job's own if no attempts are left at the next claim. `is_forgiven` keeps the

@@ -219,6 +219,7 @@ SPANS: Final[tuple[SpanShape, ...]] = (
         _MESSAGING,
         (JOB_ID, TASK_NAME, SERVER_ADDRESS, SERVER_PORT, ERROR_TYPE),
     ),
+    SpanShape("delay <queue>", ("INTERNAL",), "worker", (JOB_ID,)),
     SpanShape("queue <queue>", ("INTERNAL",), "worker", (JOB_ID, QUEUE_WAIT), (CLOCK_SKEWED,)),
     SpanShape(
         "process <queue>",

@@ -104,6 +104,11 @@ def queue_wait(
     draw(context, span, tracer)
 
 
+def delay(context: Context, *, queue: str, job_id: str, started_at_ns: int, ended_at_ns: int) -> None:
+    """Draw `delay <queue>`, a job's wait for its time before it goes into the queue, beside `queue_wait`."""
+    _draw_step(f"delay {queue}", context, job_id, started_at_ns, ended_at_ns)
+
+
 def claim(context: Context, *, job_id: str, started_at_ns: int, ended_at_ns: int) -> None:
     """Draw the worker's claim below `context`, the process span's.
 

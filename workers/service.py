@@ -28,6 +28,7 @@ from jobs.redis_connection import connect
 from jobs.redis_registry import RedisModelAnnouncer
 from jobs.redis_store import RedisAttemptStore
 from jobs.registry import BEAT_SECONDS, ModelCard, queue_name
+from jobs.schedule import RedisSchedule
 from jobs.settings import JobsSettings
 from telemetry.celery import instrument_celery
 from telemetry.meter import Metrics, build_metrics, shut_down
@@ -37,6 +38,7 @@ from workers.attempts.attempt import AttemptRunner, Verdict
 from workers.attempts.holding import Holding
 from workers.attempts.measure import SILENT, WorkerMetrics
 from workers.attempts.observe import AttemptObserver
+from workers.attempts.pause import RetryPause
 from workers.broker import channel
 from workers.broker.message_lease import HeldMessages
 from workers.broker.reconcile import Reconciler
@@ -103,6 +105,7 @@ class WorkerService:
         self._store = RedisAttemptStore(self._client, jobs_settings)
         self._announcer = RedisModelAnnouncer(self._client, jobs_settings)
         self._ledger = Ledger(self._client, jobs_settings)
+        self._schedule = RedisSchedule(self._client, jobs_settings)
         self._messages = HeldMessages()
         self._messages.install(app)
         self._settled_tags = channel.install(self._client, Keys(jobs_settings.key_prefix))
@@ -142,7 +145,12 @@ class WorkerService:
         self._runner = self._create_runner(self._telemetry)
         self._holding.start()
         self._reconciler = Reconciler(
-            self._ledger, CeleryPublisher(self._app), self._clock, self.worker, self._metrics
+            self._schedule,
+            self._ledger,
+            CeleryPublisher(self._app),
+            self._clock,
+            self.worker,
+            self._metrics,
         )
         self._reconciler.start()
         self._announce(facts)
@@ -193,6 +201,7 @@ class WorkerService:
             lease_seconds=self._jobs_settings.lease_seconds,
             is_stopping=self._is_stopping,
             settled_tags=self._settled_tags,
+            pause=RetryPause(self._settings.retry_pause_seconds, self._settings.retry_pause_max_seconds),
         )
 
     def _announce(self, facts: ModelFacts) -> None:

@@ -49,6 +49,11 @@ class WorkerSettings(BaseSettings):
     """An engine with work that says nothing for so long is killed and its jobs are handed back."""
     shutdown_grace_seconds: float = Field(default=25.0, ge=0)
     """After SIGTERM the worker finishes what it holds for so long, then hands the rest back."""
+    retry_pause_seconds: float = Field(default=1.0, ge=0, le=86_400, allow_inf_nan=False)
+    """Before the attempt after a failed one; doubles with each. A job waits for half of it at least and for
+    all of it at most. 0 repeats at once."""
+    retry_pause_max_seconds: float = Field(default=60.0, gt=0, le=86_400, allow_inf_nan=False)
+    """What that pause grows to."""
     trace_item_spans: int = Field(default=DEFAULT_ITEM_SPANS, ge=0, le=10_000)
     """Prompts of one job whose generations stand in its own trace; each one beyond has a trace of its own,
     linked to the job. A trace page grows slow from about 2,000 spans on; a generation is four."""

@@ -25,8 +25,30 @@ local function notify(prefix, job_key, id, state)
   end
 end
 
+-- Keep a queued job and its message ('' for none) out of the broker's queue until `at`.
+local function postpone(prefix, job_key, id, at, message)
+  redis.call('HSET', job_key, 'next_attempt_at', at, 'message', message)
+  redis.call('ZADD', prefix .. 'due', at, id)
+end
+
+-- End that wait: the message goes into the queue, behind all others, or before them if the job was there already.
+-- A job that waited without a message is one that the broker has lost, and found as such.
+local function publish(prefix, job_key, id, now)
+  local message = field(job_key, 'message')
+  if message ~= '' then
+    redis.call(field(job_key, 'attempts') == '0' and 'LPUSH' or 'RPUSH',
+               prefix .. 'celery:' .. field(job_key, 'queue'), message)
+  end
+  redis.call('ZREM', prefix .. 'due', id)
+  redis.call('HDEL', job_key, 'next_attempt_at', 'message')
+  redis.call('HSET', job_key, 'published_at', now)
+end
+
 -- Make a state final: record, ledger, retention, watchers, at once.
 local function finish(prefix, job_key, id, state, now, ttl)
+  -- Who waited for its time is met by a worker all the same, which tells the trace of the wait.
+  if field(job_key, 'next_attempt_at') ~= '' then publish(prefix, job_key, id, now) end
+  redis.call('ZREM', prefix .. 'deadlines', id)
   redis.call('HSET', job_key, 'state', state, 'finished_at', now,
              'result_expires_at', string.format('%.3f', tonumber(now) + tonumber(ttl)))
   redis.call('HDEL', job_key, 'lease_token', 'lease_expires_at', 'worker')

@@ -3,10 +3,12 @@
 -- ARGV    prefix, id, token, worker, now, lease_expires_at, ttl, failure JSON for used-up attempts,
 --         traceparent of this attempt ('' for none), the most attempts that may be forgiven
 -- Returns {'claimed', attempts, request, queued_at, expires_at, traceparent, previous_traceparent, lost_since,
---          released_at, forgiven}
---       | {'missing'} | {'held'} | {'final', attempts, '', state, released_at, in_queue}
---       | {'cancelled' | 'expired' | 'exhausted', attempts, lost_since, '', released_at, in_queue}
+--          released_at, forgiven, published_at}
+--       | {'missing'} | {'held'} | {'waiting'}
+--       | {'final', attempts, lost_since, state, released_at, in_queue, published_at}
+--       | {'cancelled' | 'expired' | 'exhausted', attempts, lost_since, '', released_at, in_queue, published_at}
 -- lost_since is when the attempt before began, if it ended without a word: its lease ran out. Else ''.
+-- published_at is when the job's last wait for its time was over, '' for one that never waited.
 -- in_queue is '1' for a job that ended while it waited in its queue, '' for one that was at work.
 local prefix, id, token, worker, now = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local job = KEYS[1]
@@ -15,17 +17,25 @@ local state = field(job, 'state')
 local function claimed()
   return {'claimed', field(job, 'attempts'), field(job, 'request'), field(job, 'queued_at'),
           field(job, 'expires_at'), field(job, 'traceparent'), field(job, 'previous_traceparent'),
-          field(job, 'lost_since'), field(job, 'released_at'), field(job, 'forgiven')}
+          field(job, 'lost_since'), field(job, 'released_at'), field(job, 'forgiven'), field(job, 'published_at')}
 end
 
 local function ended(outcome, lost_since, final_state)
   local released_at, claimed_at = field(job, 'released_at'), field(job, 'in_progress_at')
   local in_queue = claimed_at == '' or released_at ~= '' and tonumber(released_at) >= tonumber(claimed_at)
-  return {outcome, field(job, 'attempts'), lost_since, final_state, released_at, in_queue and '1' or ''}
+  return {outcome, field(job, 'attempts'), lost_since, final_state, released_at, in_queue and '1' or '',
+          field(job, 'published_at')}
 end
 
 if state == '' then return {'missing'} end
-if FINAL[state] then return ended('final', '', state) end
+if FINAL[state] then
+  -- Once: of an attempt that vanished before the deadline ended its job, whoever comes first tells.
+  local vanished_since = field(job, 'vanished_since')
+  redis.call('HDEL', job, 'vanished_since')
+  return ended('final', vanished_since, state)
+end
+-- A message too many; the job's own comes when its time does.
+if field(job, 'next_attempt_at') ~= '' then return {'waiting'} end
 if state ~= 'queued' then
   if field(job, 'lease_token') == token then return claimed() end
   if tonumber(field(job, 'lease_expires_at')) > tonumber(now) then return {'held'} end

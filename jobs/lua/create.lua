@@ -17,5 +17,7 @@ if count >= max_open then return {'full', count} end
 redis.call('HSET', KEYS[1], unpack(ARGV, 8))
 redis.call('ZADD', KEYS[2], now, id)
 redis.call('SADD', prefix .. 'queues', queue)
+local expires_at = field(KEYS[1], 'expires_at')
+if expires_at ~= '' then redis.call('ZADD', prefix .. 'deadlines', expires_at, id) end
 if has_key then redis.call('SET', KEYS[3], id .. ' ' .. ARGV[6], 'EX', ARGV[7]) end
 return {'created'}

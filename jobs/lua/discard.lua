@@ -5,5 +5,6 @@ if field(KEYS[1], 'state') ~= 'queued' or field(KEYS[1], 'attempts') ~= '0' then
 redis.call('ZREM', prefix .. 'open:' .. field(KEYS[1], 'queue'), id)
 local idempotency = field(KEYS[1], 'idempotency_key')
 if idempotency ~= '' then redis.call('DEL', prefix .. 'idempotency:' .. idempotency) end
+redis.call('ZREM', prefix .. 'deadlines', id)
 redis.call('DEL', KEYS[1])
 return 1

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import pytest
 from pydantic import SecretStr
 
-from jobs.memory_store import MemoryStore
+from jobs.memory_store import MemorySchedule, MemoryStore
 from jobs.redis_connection import connect, connect_async
 from jobs.redis_registry import RedisModelAnnouncer, RedisModelDirectory
 from jobs.redis_store import RedisAttemptStore, RedisSubmissionStore
 from jobs.registry import ModelAnnouncer, ModelDirectory
+from jobs.schedule import AsyncSchedule, RedisAsyncSchedule
 from jobs.settings import JobsSettings
 from jobs.store import AttemptStore, SubmissionStore
 from tests.support.valkey import valkey_server
@@ -24,6 +25,7 @@ class Stores:
     worker: AttemptStore
     directory: ModelDirectory
     announcer: ModelAnnouncer
+    schedule: AsyncSchedule
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +38,7 @@ def redis_url() -> Iterator[str]:
 async def stores(request: pytest.FixtureRequest) -> AsyncIterator[Stores]:
     if request.param == "memory":
         store = MemoryStore(result_ttl_seconds=3600)
-        yield Stores(store, store, store, store)
+        yield Stores(store, store, store, store, MemorySchedule(store))
         return
     settings = JobsSettings(
         redis_url=SecretStr(request.getfixturevalue("redis_url")), result_ttl_seconds=3600
@@ -48,6 +50,7 @@ async def stores(request: pytest.FixtureRequest) -> AsyncIterator[Stores]:
         RedisAttemptStore(client, settings),
         RedisModelDirectory(async_client, settings),
         RedisModelAnnouncer(client, settings),
+        RedisAsyncSchedule(async_client, settings),
     )
     await async_client.aclose()
     client.close()

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from jobs.keys import Keys
-from jobs.model import JobId, LeaseToken, WorkerId, new_job_id
+from jobs.ledger import Ledger
+from jobs.model import Failure, JobId, LeaseToken, WorkerId, new_job_id
 from jobs.queue import CeleryPublisher, create_celery
 from jobs.redis_connection import connect, connect_async
 from jobs.redis_store import RedisAttemptStore, RedisSubmissionStore
+from jobs.schedule import RedisSchedule
 from jobs.settings import JobsSettings
 from jobs.store import SettleOutcome
 from tests.support.job_factory import NOW, completed, new_job
@@ -47,6 +49,22 @@ class Broker:
         tag = message["properties"]["delivery_tag"]
         more = self._taker.take(tag, json.dumps([message, "", FIRST]), [SECOND, FIRST], max_more=max_more)
         return [message["headers"]["id"], *(json.loads(body)["headers"]["id"] for _, body in more)]
+
+    def claimed(self, store: RedisAttemptStore) -> tuple[JobId, LeaseToken, str]:
+        """A job that a worker has at work: its id, lease token and its message's delivery tag."""
+        job, token = new_job(queue=FIRST), LeaseToken("ours")
+
+        async def create() -> None:
+            client = connect_async(self.settings)
+            await RedisSubmissionStore(client, self.settings).create(job, max_open=10)
+            await client.aclose()
+
+        asyncio.run(create())
+        store.claim(job.id, token, WorkerId("w"), now=NOW, lease_seconds=9)
+        self._publisher.publish(job.id, FIRST, enqueued_at_ns=1_800_000_000_123_456_789)
+        self.take(max_more=0)
+        (tag,) = self.held()
+        return job.id, token, tag
 
     def held(self) -> dict[str, list[Any]]:
         """By delivery tag: message, exchange and routing key, from which kombu restores."""
@@ -96,24 +114,38 @@ def test_nothing_more_is_taken_when_there_is_no_room(broker: Broker) -> None:
 
 
 def test_settling_removes_the_message_when_it_decides_and_leaves_it_when_refused(broker: Broker) -> None:
-    store, job = RedisAttemptStore(broker.client, broker.settings), new_job(queue=FIRST)
+    store = RedisAttemptStore(broker.client, broker.settings)
+    id, token, tag = broker.claimed(store)
 
-    async def create() -> None:
-        client = connect_async(broker.settings)
-        await RedisSubmissionStore(client, broker.settings).create(job, max_open=10)
-        await client.aclose()
-
-    asyncio.run(create())
-    token = LeaseToken("ours")
-    store.claim(job.id, token, WorkerId("w"), now=NOW, lease_seconds=9)
-    broker.publish(FIRST, 1)
-    broker.take(max_more=0)
-    (tag,) = broker.held()
-
-    refused = store.settle(job.id, LeaseToken("another's"), completed(), now=NOW, message_tag=tag)
+    refused = store.settle(id, LeaseToken("another's"), completed(), now=NOW, message_tag=tag)
     assert (refused, list(broker.held())) == (SettleOutcome.LOST, [tag])
-    settled = store.settle(job.id, token, completed(), now=NOW, message_tag=tag)
+    settled = store.settle(id, token, completed(), now=NOW, message_tag=tag)
     assert (settled, broker.held()) == (SettleOutcome.SETTLED, {})
+
+
+def test_message_of_a_job_that_waits_is_kept_and_comes_back_as_it_was_but_redelivered(broker: Broker) -> None:
+    store, schedule = (
+        RedisAttemptStore(broker.client, broker.settings),
+        RedisSchedule(broker.client, broker.settings),
+    )
+    id, token, tag = broker.claimed(store)
+    ((held, _, _),) = broker.held().values()
+    behind = broker.publish(FIRST, 1)
+    crash = Failure(reason="engine_crashed", message="signal 9", retryable=True)
+
+    store.release(id, token, now=NOW, failure=crash, next_attempt_at=NOW + 5, message_tag=tag)
+    waiting = (broker.held(), broker.num_queued(FIRST))
+    ledger = Ledger(broker.client, broker.settings)
+    lost = ledger.lost_jobs(now=NOW + 60)
+    schedule.advance(now=NOW + 5)
+
+    assert waiting == ({}, 1)
+    assert lost == [], "a job that waits is not lost"
+    assert broker.num_queued(FIRST) == 2
+    back = json.loads(broker.client.rpop(broker.keys.broker_queue(FIRST)[0]))
+    assert back["headers"]["id"] != behind[0], "it was in the queue before"
+    assert back["properties"]["delivery_info"].pop("redelivered") is True
+    assert back == held
 
 
 def test_task_sent_events_arrive_together_when_several_jobs_are_published(broker: Broker) -> None:

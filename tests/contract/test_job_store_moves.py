@@ -47,7 +47,7 @@ async def _ask_something(
     stores: Stores, rng: random.Random, id: JobId, token: LeaseToken, now: float
 ) -> None:
     worker = WorkerId("worker-1")
-    match rng.randrange(9):
+    match rng.randrange(10):
         case 0 | 1 | 2:
             stores.worker.claim(id, token, worker, now=now, lease_seconds=9)
         case 3:
@@ -55,11 +55,18 @@ async def _ask_something(
         case 4:
             failure = Failure(reason="engine_crashed", message="ended", retryable=True)
             stores.worker.release(
-                id, token, now=now, failure=rng.choice([failure, None]), is_forgiven=rng.random() < 0.5
+                id,
+                token,
+                now=now,
+                failure=rng.choice([failure, None]),
+                is_forgiven=rng.random() < 0.5,
+                next_attempt_at=rng.choice([None, now + rng.random() * 20]),
             )
         case 5:
             stores.worker.settle(id, token, rng.choice([completed(), failed()]), now=now)
         case 6:
             stores.worker.mark_alone(id, token)
-        case 7 if rng.random() < 0.2:
+        case 7:
+            await stores.schedule.advance(now=now)
+        case 8 if rng.random() < 0.2:
             await stores.api.cancel(id, now=now)

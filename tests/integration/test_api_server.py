@@ -188,6 +188,18 @@ def test_completion_travels_through_the_broker_in_the_clients_trace(server: Serv
     assert "San Francisco" not in json.dumps(message)
 
 
+def test_waiting_client_is_told_of_a_deadline_that_no_worker_meets(server: Server) -> None:
+    body = {**BODY, "expires_after": 0.5}
+
+    job = server.post("/v1/jobs", json=body, headers={"Prefer": "wait=30"}).json()
+
+    assert job["status"] == "expired"
+    assert job["attempts"] == 0
+    message = server.worker.take("tl:celery:house/bytes.batch")
+    assert message["headers"]["id"] == job["id"], "left to a worker, which drops it and tells the trace"
+    assert server.worker.client.zcard("tl:deadlines") == 0
+
+
 def test_no_span_of_a_completion_is_lost_when_the_server_stops(own_server: Server) -> None:
     server = own_server
     with ThreadPoolExecutor(1) as pool:

@@ -147,6 +147,8 @@ class QueueLab:
         self.client.hset(self.keys.job(job.id), mapping=record)
         self.client.zadd(self.keys.open(job.queue), {job.id: now})
         self.client.sadd(self.keys.queues, job.queue)
+        if job.expires_at is not None:
+            self.client.zadd(self.keys.deadlines, {job.id: job.expires_at})
         if publish:
             self._publisher.publish(job.id, job.queue, enqueued_at_ns=time.time_ns())
         return job.id

@@ -104,6 +104,8 @@ def _is_inside(span: SpanRecord, parent: SpanRecord) -> bool:
     """
     if parent.kind == "PRODUCER":
         return span.end_ns >= parent.start_ns
+    if span.name.startswith("delay "):
+        return span.end_ns <= parent.end_ns
     if span.name.startswith("queue "):
         return parent.start_ns - _TOLERANCE_NS <= span.end_ns <= parent.end_ns
     starts_after = span.start_ns >= parent.start_ns - _TOLERANCE_NS

@@ -19,6 +19,9 @@ UNNAMED_NS = 250_000_000
 """In one span, together, beside 1 %. Of 100 completions 99 have less than 22 ms at a load of 14 on two cores;
 a suite on a shared machine has been seen to stand still for ten times that."""
 
+_WAITS = ("delay ", "queue ", "lost ")
+"""What an accepted job's time is before its first attempt, and between two."""
+
 CROWDED_UNNAMED_NS = 2_000_000_000
 """For a run that fills one event loop on purpose, whose requests wait for each other (307 ms seen).
 `python -m benchmarks unexplained_time` measures what a completion really has."""
@@ -107,7 +110,7 @@ def _waits_for_work(server: SpanRecord, trees: _Trees, allowed_ns: int) -> Itera
     """
     by_name = {child.name: child for child in trees.children(server)}
     wait, below = by_name.get(names.SPAN_WAIT_RESULT), trees.below(server)
-    work = [span for span in below if span.kind == "CONSUMER" or span.name.startswith(("queue ", "lost "))]
+    work = [span for span in below if span.kind == "CONSUMER" or span.name.startswith(_WAITS)]
     if wait is None or names.SPAN_FETCH_RESULT not in by_name or not work:
         return
     idle_ns = _uncovered_ns(wait, [*work, *(span for span in below if span.kind == "PRODUCER")])

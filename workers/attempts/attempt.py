@@ -5,7 +5,7 @@ message ─▶ claim ─┬─ not ours, ended, unknown ────────
 ├─ refused ───────────▶ settle failed
 ├─ cancel, deadline ──▶ settle cancelled, expired
 ├─ lease lost ────────▶ say nothing
-├─ engine lost ───────▶ release, requeue the message
+├─ engine lost ───────▶ release, requeue the message; with its own failure, after a pause
 └─ worker stops ──────▶ release; Celery requeues the message
 """
 
@@ -35,6 +35,7 @@ from telemetry.spans import traceparent
 from workers.attempts.company import Company, Place, grade_of
 from workers.attempts.holding import HeldJob, Holding
 from workers.attempts.observe import AttemptObserver, HandOver
+from workers.attempts.pause import RetryPause
 from workers.attempts.result import AttemptStamps, job_result, job_timings
 from workers.delivery import Delivery
 from workers.engines.protocol import EngineRequest
@@ -69,6 +70,7 @@ class AttemptRunner:
     company: Company = field(default_factory=Company)
     settled_tags: set[str] = field(default_factory=set)
     """Tags of messages that went with their job's settling, for whoever acknowledges messages."""
+    pause: RetryPause = field(default_factory=RetryPause)
 
     def run(self, delivery: Delivery) -> Verdict:
         """Raises JobStopped when the worker shuts down; the job is queued again by then."""
@@ -94,7 +96,7 @@ class AttemptRunner:
         try:
             return self._generate(delivery, claim, claim.request, token, tell_claim)
         except Exception as error:  # a fault of ours: the job must not stay behind under a dead lease
-            return self._give_back(delivery, token, _internal_failure(error))
+            return self._give_back(delivery, claim, token, _internal_failure(error))
         finally:
             tell_claim()  # at the latest
 
@@ -141,9 +143,9 @@ class AttemptRunner:
             return Verdict.ACKNOWLEDGE
         except EngineLost as lost:
             is_forgiven = not grade_of(claim.forgiven).is_alone
-            return self._give_back(delivery, token, lost.failure, is_forgiven=is_forgiven)
+            return self._give_back(delivery, claim, token, lost.failure, is_forgiven=is_forgiven)
         except JobStopped:
-            self.observer.handed_back(self._release(delivery.id, token, None))
+            self.observer.handed_back(self._release(delivery, token, None))
             raise
         hand_over = HandOver(asked_at_ns, received_at_ns=time_ns())
         generated_at = self.clock.now()
@@ -210,22 +212,47 @@ class AttemptRunner:
         return Verdict.ACKNOWLEDGE
 
     def _give_back(
-        self, delivery: Delivery, token: LeaseToken, failure: Failure, *, is_forgiven: bool = False
+        self,
+        delivery: Delivery,
+        claim: Claim,
+        token: LeaseToken,
+        failure: Failure,
+        *,
+        is_forgiven: bool = False,
     ) -> Verdict:
-        outcome = self._release(delivery.id, token, failure, is_forgiven=is_forgiven)
+        """An attempt that is forgiven is nobody's failure, and repeated at once."""
+        pause_seconds = 0.0 if is_forgiven else self.pause.seconds_after(claim.attempt - claim.forgiven)
+        outcome = self._release(
+            delivery, token, failure, is_forgiven=is_forgiven, pause_seconds=pause_seconds
+        )
+        if outcome is SettleOutcome.WAITING:
+            self.settled_tags.add(delivery.tag)
         self.observer.given_back(delivery, failure)
         return Verdict.ACKNOWLEDGE if outcome is not SettleOutcome.SETTLED else Verdict.REQUEUE
 
     def _release(
-        self, id: JobId, token: LeaseToken, failure: Failure | None, *, is_forgiven: bool = False
+        self,
+        delivery: Delivery,
+        token: LeaseToken,
+        failure: Failure | None,
+        *,
+        is_forgiven: bool = False,
+        pause_seconds: float = 0.0,
     ) -> SettleOutcome | None:
-        with self.observer.giving_back(id):
-            return self._insist(
-                lambda: self.store.release(
-                    id, token, now=self.clock.now(), failure=failure, is_forgiven=is_forgiven
-                ),
-                max_tries=3,
+        def release() -> SettleOutcome:
+            now = self.clock.now()
+            return self.store.release(
+                delivery.id,
+                token,
+                now=now,
+                failure=failure,
+                is_forgiven=is_forgiven,
+                next_attempt_at=now + pause_seconds if pause_seconds else None,
+                message_tag=delivery.tag,
             )
+
+        with self.observer.giving_back(delivery.id):
+            return self._insist(release, max_tries=3)
 
     def _insist(self, act: Callable[[], T], *, max_tries: int | None = None) -> T | None:
         """Repeat a repeatable act until the store answers; None when the worker stops first."""

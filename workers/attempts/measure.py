@@ -48,7 +48,8 @@ class WorkerMetrics:
     def claimed(self, delivery: Delivery, claim: Claim, received_at_ns: int) -> None:
         self._count_lost(delivery, claim)
         if delivery.enqueued_at_ns is not None:
-            waited = max(0.0, (received_at_ns - delivery.enqueued_at_ns) / 1e9)
+            published_at_ns = max(delivery.enqueued_at_ns, round((claim.published_at or 0.0) * 1e9))
+            waited = max(0.0, (received_at_ns - published_at_ns) / 1e9)
             self._queue_wait.record(waited, queue_attributes(delivery.queue))
 
     def dropped(self, delivery: Delivery, claim: Claim) -> None:

@@ -89,7 +89,7 @@ class AttemptObserver:
 
     def claimed(self, delivery: Delivery, claim: Claim, received_at_ns: int) -> None:
         self.metrics.claimed(delivery, claim, received_at_ns)
-        since_ns = _waiting_since_ns(delivery, claim)
+        since_ns = _in_queue_since_ns(delivery, claim)
         if not self.uses_links_only:
             self._waited(delivery.creation, delivery, claim, received_at_ns)
         spans.mark_attempt(
@@ -221,15 +221,26 @@ class AttemptObserver:
             is_root=self.uses_links_only,
         )
         if self.uses_links_only:  # else it drew its wait itself, and that has come
-            self._draw_wait(lost, delivery, _queued_at_ns(delivery, claim), started_at_ns)
+            self._draw_wait(lost, delivery, claim, started_at_ns)
         return spans.traceparent(lost)
 
     def _waited(self, context: Context, delivery: Delivery, claim: Claim, received_at_ns: int) -> None:
-        self._draw_wait(context, delivery, _waiting_since_ns(delivery, claim), received_at_ns)
+        if claim.lost is None:  # else the lost attempt's span lasts until now
+            self._draw_wait(context, delivery, claim, received_at_ns)
 
-    def _draw_wait(self, context: Context, delivery: Delivery, since_ns: int | None, until_ns: int) -> None:
-        if since_ns is None:
+    def _draw_wait(self, context: Context, delivery: Delivery, claim: Claim, until_ns: int) -> None:
+        """In the queue, and before it where the job had to wait for its time."""
+        since_ns, delayed_since_ns = _queued_at_ns(delivery, claim), _given_at_ns(delivery, claim)
+        if since_ns is None or delayed_since_ns is None:
             return
+        if delayed_since_ns < since_ns:
+            spans.delay(
+                context,
+                queue=delivery.queue,
+                job_id=delivery.id,
+                started_at_ns=delayed_since_ns,
+                ended_at_ns=since_ns,
+            )
         spans.queue_wait(
             context,
             queue=delivery.queue,
@@ -281,13 +292,21 @@ class AttemptObserver:
         )
 
 
-def _waiting_since_ns(delivery: Delivery, claim: Claim) -> int | None:
+def _in_queue_since_ns(delivery: Delivery, claim: Claim) -> int | None:
     """None after a lost attempt, whose span lasts until now."""
     return None if claim.lost is not None else _queued_at_ns(delivery, claim)
 
 
 def _queued_at_ns(delivery: Delivery, claim: Claim) -> int | None:
-    """Published, or last given back by an attempt."""
+    """Given to the queue, or put there when its time had come."""
+    given_at_ns = _given_at_ns(delivery, claim)
+    if given_at_ns is None or claim.published_at is None:
+        return given_at_ns
+    return max(given_at_ns, round(claim.published_at * 1e9))
+
+
+def _given_at_ns(delivery: Delivery, claim: Claim) -> int | None:
+    """By its client, or last by an attempt."""
     return delivery.enqueued_at_ns if claim.released_at is None else round(claim.released_at * 1e9)
 
 

@@ -1,4 +1,8 @@
-"""Publishes again what the broker has lost. One worker at a time does it; see `jobs.ledger` for why."""
+"""Publishes what is due, and again what the broker has lost.
+
+The first every worker does, and the API's processes beside them: see `jobs.schedule`. The second one worker
+at a time; see `jobs.ledger` for why.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from jobs.errors import StoreUnavailable
 from jobs.ledger import Ledger, LostJob
 from jobs.model import JobId, WorkerId
 from jobs.queue import Publisher
+from jobs.schedule import TICK_SECONDS, Schedule
 from telemetry.celery import publishing_again
 from telemetry.log import logged_job
 from telemetry.spans import extract
@@ -17,7 +22,6 @@ from workers.attempts.measure import SILENT, WorkerMetrics
 
 logger = logging.getLogger(__name__)
 
-TICK_SECONDS = 1.0
 SHORT_TIMES = 3
 """Counts that must be short in a row: storing and publishing are two acts."""
 
@@ -25,12 +29,14 @@ SHORT_TIMES = 3
 class Reconciler:
     def __init__(
         self,
+        schedule: Schedule,
         ledger: Ledger,
         publisher: Publisher,
         clock: Clock,
         worker: WorkerId,
         metrics: WorkerMetrics = SILENT,
     ) -> None:
+        self._schedule = schedule
         self._ledger = ledger
         self._metrics = metrics
         self._publisher = publisher
@@ -73,7 +79,9 @@ class Reconciler:
     def _run(self) -> None:
         while not self._is_stopping.wait(TICK_SECONDS):
             try:
+                while not self._schedule.advance(now=self._clock.now()).is_complete:
+                    pass
                 if self._ledger.take_turn(self._worker):
                     self.check()
             except StoreUnavailable as error:
-                logger.warning("the ledger was not compared: %s", error)
+                logger.warning("schedule and ledger were not looked at: %s", error)

@@ -20,7 +20,7 @@ from api.services import Backends
 from api.settings import ApiSettings
 from jobs.clock import SystemClock
 from jobs.errors import StoreUnavailable
-from jobs.memory_store import MemoryStore
+from jobs.memory_store import MemorySchedule, MemoryStore
 from jobs.model import (
     Choice,
     ItemResult,
@@ -209,7 +209,7 @@ class InSpan:
 async def running_api(backend: Backend, **settings: Any) -> AsyncIterator[Api]:
     @asynccontextmanager
     async def connect() -> AsyncIterator[Backends]:
-        yield Backends(backend, backend, backend, backend, SystemClock())
+        yield Backends(backend, backend, backend, backend, SystemClock(), MemorySchedule(backend))
 
     app = build_app(ApiSettings(**settings), connect)
     transport = httpx.ASGITransport(InSpan(app))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from opentelemetry.context import Context
@@ -16,6 +16,7 @@ from tests.support.job_factory import NOW, new_job
 from workers.attempts.attempt import AttemptRunner, Verdict, sampling_params
 from workers.attempts.holding import Holding
 from workers.attempts.observe import AttemptObserver
+from workers.attempts.pause import RetryPause
 from workers.delivery import Delivery
 from workers.engines.protocol import EngineRequest, ModelFacts
 from workers.engines.runtime import Generation
@@ -96,6 +97,7 @@ def bench() -> Bench:
         worker=WORKER,
         lease_seconds=9,
         is_stopping=threading.Event(),
+        pause=RetryPause(first_seconds=8, spread=lambda: 1.0),
     )
     return Bench(store, runtime, runner)
 
@@ -126,9 +128,38 @@ async def test_attempt_gives_the_job_back_when_our_own_code_fails(
 
     verdict, id = await bench.run()
 
-    assert verdict is Verdict.REQUEUE
+    assert verdict is Verdict.ACKNOWLEDGE, "the store has the message, until the retry's time"
     assert await bench.state(id) == (JobState.QUEUED, "internal_error")
     assert "ValueError" in caplog.text
+
+
+async def test_failed_job_waits_before_its_retry_and_a_forgiven_one_does_not(bench: Bench) -> None:
+    bench.runtime.error = EngineLost("engine_crashed", "signal 9")
+    _, forgiven = await bench.run()
+    bench.runtime.error, bench.runtime.finish_reason = None, "abort"
+    _, failed = await bench.run()
+
+    waiting = [await bench.store.get(id) for id in (forgiven, failed)]
+
+    assert [job.next_attempt_at for job in waiting if job] == [None, NOW + 1 + 8.0]
+
+
+async def test_failed_job_is_repeated_at_once_when_pauses_are_off(bench: Bench) -> None:
+    bench.runtime.finish_reason = "abort"
+    bench.runner = replace(bench.runner, pause=RetryPause(first_seconds=0))
+
+    verdict, id = await bench.run()
+
+    assert verdict is Verdict.REQUEUE
+    assert (await bench.store.get(id)).next_attempt_at is None  # type: ignore[union-attr]
+
+
+def test_retry_pause_doubles_up_to_its_limit_and_spreads_over_its_upper_half() -> None:
+    shortest = RetryPause(2, 30, spread=lambda: 0.0)
+    longest = RetryPause(2, 30, spread=lambda: 1.0)
+
+    assert [longest.seconds_after(number) for number in (1, 2, 3, 4, 5, 10_000)] == [2, 4, 8, 16, 30, 30]
+    assert [shortest.seconds_after(number) for number in (1, 2, 3)] == [1, 2, 4]
 
 
 async def test_attempt_fails_the_job_when_its_parameters_break_a_rule(bench: Bench) -> None:

@@ -31,7 +31,7 @@ class FixedClock:
 
 def reconciler(ledger: ScriptedLedger) -> tuple[Reconciler, MemoryStore]:
     publisher = MemoryStore()
-    return Reconciler(ledger, publisher, FixedClock(), WorkerId("w")), publisher  # type: ignore[arg-type]
+    return Reconciler(publisher, ledger, publisher, FixedClock(), WorkerId("w")), publisher  # type: ignore[arg-type]
 
 
 def check_times(subject: Reconciler, times: int) -> list[JobId]:
