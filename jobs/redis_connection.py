@@ -21,6 +21,9 @@ from redis.retry import Retry
 from jobs.errors import StoreUnavailable
 from jobs.settings import JobsSettings
 
+STORE_ERRORS = (RedisError, OSError, TimeoutError)
+"""Whatever a client raises."""
+
 MAX_ASYNC_CONNECTIONS = 32
 """One process on one event loop gains nothing from more."""
 
@@ -30,8 +33,12 @@ def store_errors() -> Iterator[None]:
     """Translate whatever the client raises; a full or read-only Redis counts as unavailable."""
     try:
         yield
-    except (RedisError, OSError, TimeoutError) as error:
-        raise StoreUnavailable(f"the job store did not answer: {type(error).__name__}") from error
+    except STORE_ERRORS as error:
+        raise as_unavailable(error) from error
+
+
+def as_unavailable(error: Exception) -> StoreUnavailable:
+    return StoreUnavailable(f"the job store did not answer: {type(error).__name__}")
 
 
 def connect(settings: JobsSettings) -> redis.Redis:

@@ -9,6 +9,7 @@ import redis.asyncio
 
 from jobs import scripts
 from jobs.errors import IdempotencyMismatch, QueueFull
+from jobs.gathered_scripts import GatheredScripts
 from jobs.keys import Keys
 from jobs.model import Failure, Job, JobId, LeaseToken, NewJob, ReplicaId, WorkerId
 from jobs.record import (
@@ -126,11 +127,12 @@ class RedisAttemptStore:
         self._client = client
         self._keys = Keys(settings.key_prefix)
         self._ttl = settings.result_ttl_seconds
-        self._claim = client.register_script(scripts.source("claim"))
         self._renew = client.register_script(scripts.source("renew"))
-        self._settle = client.register_script(scripts.source("settle"))
-        self._release = client.register_script(scripts.source("release"))
-        self._alone = client.register_script(scripts.source("alone"))
+        gathered = GatheredScripts(client)
+        self._claim = gathered.script("claim")
+        self._settle = gathered.script("settle")
+        self._release = gathered.script("release")
+        self._alone = gathered.script("alone")
 
     def claim(
         self,
@@ -154,8 +156,7 @@ class RedisAttemptStore:
             traceparent or "",
             FORGIVEN_LIMIT,
         ]
-        with store_errors():
-            outcome, *fields = self._claim(keys=[self._keys.job(id)], args=args)
+        outcome, *fields = self._claim([self._keys.job(id)], args)
         return to_claim(*fields) if outcome == ClaimOutcome.CLAIMED else to_refusal(outcome, *fields)
 
     def renew(
@@ -177,13 +178,11 @@ class RedisAttemptStore:
     ) -> SettleOutcome:
         fields: list[Any] = [part for pair in settlement_fields(settlement).items() for part in pair]
         head: list[Any] = [self._keys.prefix, id, token, repr(now), settlement.state.value, self._ttl]
-        with store_errors():
-            reply = self._settle(keys=[self._keys.job(id)], args=[*head, message_tag, *fields])
+        reply = self._settle([self._keys.job(id)], [*head, message_tag, *fields])
         return SettleOutcome(reply)
 
     def mark_alone(self, id: JobId, token: LeaseToken) -> bool:
-        with store_errors():
-            return bool(self._alone(keys=[self._keys.job(id)], args=[token]))
+        return bool(self._alone([self._keys.job(id)], [token]))
 
     def release(
         self,
@@ -200,8 +199,7 @@ class RedisAttemptStore:
         last = failure.model_dump_json() if failure else ""
         limit = FORGIVEN_LIMIT if is_forgiven else ""
         at = "" if next_attempt_at is None else repr(next_attempt_at)
-        with store_errors():
-            reply = self._release(keys=[self._keys.job(id)], args=[*args, last, limit, at, message_tag])
+        reply = self._release([self._keys.job(id)], [*args, last, limit, at, message_tag])
         return SettleOutcome(reply)
 
     def read_cancels(self, worker: WorkerId, after: str, *, block_seconds: float) -> list[tuple[str, JobId]]:
