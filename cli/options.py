@@ -80,10 +80,25 @@ def trace_url_template(text: str) -> str:
         raise click.BadParameter(f"{text!r} {error}") from error
 
 
+_ONE_HOST = url("redis", "rediss", "unix", "sentinel")
+
+
+def redis_url(text: str) -> str:
+    """An option type: where a Redis is."""
+    from jobs.redis_url import checked, without_password
+
+    if not text.startswith("sentinel://"):  # those name several hosts
+        text = _ONE_HOST(text)
+    try:
+        return checked(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{without_password(text)!r} {error}") from error
+
+
 PORT = click.IntRange(1, 65535)
 RATIO = _Finite(0, 1)
 SECONDS = _Finite(0, min_open=True)
-REDIS_URL = url("redis", "rediss", "unix")
+REDIS_URL = redis_url
 OTLP_URL = url("grpc", "grpcs", "http", "https", bare_address=True)
 API_URL = url("http", "https")
 
@@ -108,8 +123,8 @@ def redis_option(command: Command) -> Command:
     """--redis-url."""
     return click.option(
         "--redis-url", type=REDIS_URL, metavar="URL",
-        help="A Redis 6.2 or newer: redis://host:port/db, rediss://… or unix:///path. "
-        "Also THROUGHLINE_REDIS_URL or REDIS_URL.",
+        help="A Redis 6.2 or newer: redis://host:port/db, rediss://…, unix:///path or "
+        "sentinel://host:port,host:port/service. Also THROUGHLINE_REDIS_URL or REDIS_URL.",
     )(command)  # fmt: skip
 
 

@@ -29,3 +29,6 @@ class SharedClientChannel(_Channel):  # type: ignore[misc]  # kombu is untyped
 def use(channel_class: type[Any]) -> None:
     """Every connection that this process makes to a Redis broker from now on has such channels."""
     kombu_redis.Transport.Channel = channel_class
+    # Sentinel's transport has channels of its own kind, which find the primary; ours come before them.
+    name, bases = f"Sentinel{channel_class.__name__}", (channel_class, kombu_redis.SentinelChannel)
+    setattr(kombu_redis.SentinelTransport, "Channel", type(name, bases, {}))  # noqa: B010  # typed as one class

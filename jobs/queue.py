@@ -13,7 +13,7 @@ from kombu.entity import Queue
 from kombu.exceptions import OperationalError
 from kombu.transport import redis as kombu_redis
 
-from jobs import broker_channel
+from jobs import broker_channel, redis_url
 from jobs.broker_channel import SharedClientChannel
 from jobs.errors import StoreUnavailable
 from jobs.model import JobId
@@ -35,7 +35,9 @@ def create_celery(settings: JobsSettings) -> Celery:
 
     Every process on one Redis must use the same visibility timeout (the shortest wins), hence one function.
     """
-    app = Celery("throughline", broker=settings.broker_url, backend=None)
+    app = Celery(
+        "throughline", broker=redis_url.broker_url(settings.redis_url.get_secret_value()), backend=None
+    )
     app.conf.update(
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
@@ -65,6 +67,7 @@ def transport_options(settings: JobsSettings) -> dict[str, Any]:
         "interval_step": 0.1,
         "interval_max": 0.2,
         "global_keyprefix": f"{settings.key_prefix}celery:",
+        **redis_url.broker_options(settings.redis_url.get_secret_value()),
     }
 
 

@@ -13,12 +13,15 @@ from typing import Any
 
 import redis
 import redis.asyncio
+import redis.asyncio.sentinel
+import redis.sentinel
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from jobs.errors import StoreUnavailable
+from jobs.redis_url import SentinelService, sentinel_service
 from jobs.settings import JobsSettings
 
 STORE_ERRORS = (RedisError, OSError, TimeoutError)
@@ -43,9 +46,8 @@ def as_unavailable(error: Exception) -> StoreUnavailable:
 
 def connect(settings: JobsSettings) -> redis.Redis:
     """A blocking client, shared by the threads of a worker; rides out short cuts by itself."""
-    return redis.Redis.from_url(
+    return connect_to(
         settings.redis_url.get_secret_value(),
-        decode_responses=True,
         socket_timeout=settings.socket_timeout_seconds,
         socket_connect_timeout=min(3.0, settings.socket_timeout_seconds),
         retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), retries=3),
@@ -53,19 +55,34 @@ def connect(settings: JobsSettings) -> redis.Redis:
     )
 
 
+def connect_to(url: str, **options: Any) -> redis.Redis:
+    """A blocking client of the Redis that the URL names, with options of redis-py's connections.
+
+    Behind Sentinels each new connection asks them for the primary of that moment.
+    """
+    service = sentinel_service(url)
+    if service is None:
+        return redis.Redis.from_url(url, decode_responses=True, **options)
+    sentinel: Any = redis.sentinel.Sentinel(  # type: ignore[no-untyped-call]  # redis-py's
+        service.sentinels, sentinel_kwargs=_sentinel_options(service, options)
+    )
+    login = {"username": service.username, "password": service.password, "db": service.db}
+    client: redis.Redis = sentinel.master_for(service.name, decode_responses=True, **login, **options)
+    return client
+
+
 def connect_async(settings: JobsSettings) -> redis.asyncio.Redis:
     """For the API's requests: one quick retry, and a caller that finds every connection busy waits for one.
 
     The library's own pool makes a connection a caller, and from the hundred and first on it fails.
     """
-    pool: redis.asyncio.BlockingConnectionPool = redis.asyncio.BlockingConnectionPool.from_url(
-        settings.redis_url.get_secret_value(),
-        max_connections=MAX_ASYNC_CONNECTIONS,
-        timeout=settings.socket_timeout_seconds,
-        retry=AsyncRetry(ExponentialBackoff(cap=0.2, base=0.05), retries=1),
+    options = {
+        "max_connections": MAX_ASYNC_CONNECTIONS,
+        "timeout": settings.socket_timeout_seconds,
+        "retry": AsyncRetry(ExponentialBackoff(cap=0.2, base=0.05), retries=1),
         **_async_options(settings),
-    )
-    return redis.asyncio.Redis.from_pool(pool)
+    }
+    return _async_client(settings, redis.asyncio.BlockingConnectionPool, _BlockingSentinelPool, options)
 
 
 def connect_reader(settings: JobsSettings, *, block_seconds: float) -> redis.asyncio.Redis:
@@ -73,11 +90,48 @@ def connect_reader(settings: JobsSettings, *, block_seconds: float) -> redis.asy
 
     It repeats nothing by itself: after a cut the reader has to know, for what was said meanwhile may be lost.
     """
-    options = _async_options(settings) | {"socket_timeout": block_seconds + settings.socket_timeout_seconds}
-    pool: redis.asyncio.ConnectionPool = redis.asyncio.ConnectionPool.from_url(
-        settings.redis_url.get_secret_value(), retry=AsyncRetry(NoBackoff(), 0), **options
+    options = _async_options(settings) | {
+        "socket_timeout": block_seconds + settings.socket_timeout_seconds,
+        "retry": AsyncRetry(NoBackoff(), 0),
+    }
+    return _async_client(settings, redis.asyncio.ConnectionPool, _SentinelPool, options)
+
+
+class _SentinelPool(redis.asyncio.sentinel.SentinelConnectionPool):
+    """Closes its connections to the Sentinels too."""
+
+    async def disconnect(self, inuse_connections: bool = True) -> None:
+        await super().disconnect(inuse_connections)
+        if inuse_connections:  # at the end; else the primary has moved, and they are asked on
+            for sentinel in self.sentinel_manager.sentinels:
+                await sentinel.aclose()
+
+
+class _BlockingSentinelPool(_SentinelPool, redis.asyncio.BlockingConnectionPool):
+    pass
+
+
+def _async_client(
+    settings: JobsSettings,
+    pool_class: type[redis.asyncio.ConnectionPool],
+    sentinel_pool_class: type[_SentinelPool],
+    options: dict[str, Any],
+) -> redis.asyncio.Redis:
+    url = settings.redis_url.get_secret_value()
+    service = sentinel_service(url)
+    if service is None:
+        return redis.asyncio.Redis.from_pool(pool_class.from_url(url, **options))
+    sentinel: Any = redis.asyncio.sentinel.Sentinel(  # type: ignore[no-untyped-call]  # redis-py's
+        service.sentinels, sentinel_kwargs=_sentinel_options(service, _async_options(settings))
     )
-    return redis.asyncio.Redis.from_pool(pool)
+    login = {"username": service.username, "password": service.password, "db": service.db}
+    return redis.asyncio.Redis.from_pool(sentinel_pool_class(service.name, sentinel, **login, **options))
+
+
+def _sentinel_options(service: SentinelService, options: dict[str, Any]) -> dict[str, Any]:
+    """Of a connection to a Sentinel: the time limits of those to the primary, and its own login."""
+    limits = {name: value for name, value in options.items() if name.startswith("socket_")}
+    return {**limits, **service.sentinel_login}
 
 
 def _async_options(settings: JobsSettings) -> dict[str, Any]:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, TypeVar
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, AliasChoices, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from jobs import redis_url
 from jobs.errors import SettingsError
-
-REDIS_SCHEMES = ("redis", "rediss", "unix")
 
 
 def _check_redis_url(url: SecretStr) -> SecretStr:
-    scheme = urlsplit(url.get_secret_value()).scheme
-    if scheme not in REDIS_SCHEMES:
-        raise ValueError("must begin with redis://, rediss:// or unix://")
+    redis_url.checked(url.get_secret_value())
     return url
 
 
@@ -51,17 +47,6 @@ class JobsSettings(BaseSettings):
         One renewal longer than the lease, so that a redelivered job is never found still leased.
         """
         return self.lease_seconds + self.renew_seconds
-
-    @property
-    def broker_url(self) -> str:
-        """The same server, spelt as kombu wants it."""
-        url = self.redis_url.get_secret_value()
-        parts = urlsplit(url)
-        if parts.scheme != "unix":
-            return url
-        return (
-            f"redis+socket://{parts.path}?{parts.query.replace('db=', 'virtual_host=') or 'virtual_host=0'}"
-        )
 
 
 Settings = TypeVar("Settings", bound=BaseSettings)

@@ -160,8 +160,10 @@ def ping(url: str, *, timeout_seconds: float = 3.0) -> None:
     """
     import redis
 
+    from jobs.redis_connection import connect_to
+
     try:
-        with redis.Redis.from_url(
+        with connect_to(
             url, socket_timeout=timeout_seconds, socket_connect_timeout=timeout_seconds
         ) as client:
             client.ping()
@@ -171,7 +173,9 @@ def ping(url: str, *, timeout_seconds: float = 3.0) -> None:
 
 def without_password(url: str) -> str:
     """Return the URL as it may be shown in a log."""
-    return re.sub(r"(?<=://)([^/@]*?):[^/@]*@", r"\1:***@", url)
+    from jobs import redis_url
+
+    return redis_url.without_password(url)
 
 
 def wait_until_ready(url: str, *, is_running: Callable[[], bool], timeout_seconds: float = 20.0) -> None:

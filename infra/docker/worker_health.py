@@ -10,9 +10,8 @@ import socket
 import sys
 import time
 
-import redis
-
 from jobs.keys import Keys
+from jobs.redis_connection import connect_to
 from jobs.registry import ALIVE_SECONDS
 from jobs.settings import JobsSettings, read_settings
 
@@ -22,9 +21,9 @@ SOCKET_TIMEOUT_SECONDS = 3.0
 def is_heard_from() -> bool:
     settings = read_settings(JobsSettings)
     keys = Keys(settings.key_prefix)
-    url = settings.redis_url.get_secret_value()
     since = time.time() - ALIVE_SECONDS
-    with redis.Redis.from_url(url, socket_timeout=SOCKET_TIMEOUT_SECONDS, decode_responses=True) as client:
+    url = settings.redis_url.get_secret_value()
+    with connect_to(url, socket_timeout=SOCKET_TIMEOUT_SECONDS) as client:
         return any(
             str(worker).startswith(f"{socket.gethostname()}:")
             for model in client.hkeys(keys.models)

@@ -187,25 +187,36 @@ class QueueLab:
 
 @contextmanager
 def queue_lab(model_folder: Path, folder: Path, *, lease_seconds: float = 3.0) -> Iterator[QueueLab]:
-    with running_valkey() as server:
-        settings = JobsSettings(redis_url=SecretStr(server.url), lease_seconds=lease_seconds)
-        client: redis.Redis = connect(settings)
-        environment = {
-            "THROUGHLINE_REDIS_URL": server.url,
-            "THROUGHLINE_LEASE_SECONDS": str(lease_seconds),
-            "THROUGHLINE_MODEL": str(model_folder),
-            "THROUGHLINE_SERVED_MODEL_NAMES": MODEL,
-            "THROUGHLINE_NUM_THREADS": "1",
-            "OTEL_SDK_DISABLED": "",
-        }
-        lab = QueueLab(server, MODEL, folder, settings, client, environment)
-        try:
-            yield lab
-        finally:
-            for worker in lab.workers:
-                if worker.process.poll() is None:
-                    worker.kill()
-            client.close()
+    with (
+        running_valkey() as server,
+        lab_on(server, server.url, model_folder, folder, lease_seconds=lease_seconds) as lab,
+    ):
+        yield lab
+
+
+@contextmanager
+def lab_on(
+    server: ValkeyServer, url: str, model_folder: Path, folder: Path, *, lease_seconds: float = 3.0
+) -> Iterator[QueueLab]:
+    """A lab whose processes reach the server by any URL that leads there."""
+    settings = JobsSettings(redis_url=SecretStr(url), lease_seconds=lease_seconds)
+    client: redis.Redis = connect(settings)
+    environment = {
+        "THROUGHLINE_REDIS_URL": url,
+        "THROUGHLINE_LEASE_SECONDS": str(lease_seconds),
+        "THROUGHLINE_MODEL": str(model_folder),
+        "THROUGHLINE_SERVED_MODEL_NAMES": MODEL,
+        "THROUGHLINE_NUM_THREADS": "1",
+        "OTEL_SDK_DISABLED": "",
+    }
+    lab = QueueLab(server, MODEL, folder, settings, client, environment)
+    try:
+        yield lab
+    finally:
+        for worker in lab.workers:
+            if worker.process.poll() is None:
+                worker.kill()
+        client.close()
 
 
 def get_json(url: str) -> Any:

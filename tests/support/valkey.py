@@ -26,7 +26,7 @@ from cli.stack import leash, redis_server
 class ValkeyServer:
     """One server process over one data folder; may be killed and started again, with the data it had."""
 
-    def __init__(self, folder: Path, *, tcp: bool = False) -> None:
+    def __init__(self, folder: Path, *, tcp: bool = False, more_argv: tuple[str, ...] = ()) -> None:
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
         binary = redis_server.find_binary(os.environ).path
@@ -38,6 +38,7 @@ class ValkeyServer:
             path = folder / "redis.sock"
             self.url = redis_server.socket_url(path)
             self._argv = redis_server.server_argv(binary, data_folder=folder, socket=path)
+        self._argv += more_argv
 
     def start(self) -> None:
         """Return once the server answers."""
