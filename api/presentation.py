@@ -6,14 +6,16 @@ from api.schemas import (
     CompletionChoice,
     CompletionObject,
     ErrorFields,
+    ItemError,
     JobLinks,
     JobObject,
     ModelObject,
     PromptTokensDetails,
+    RequestCounts,
     UsageObject,
 )
 from api.trace_link import TraceLinks
-from jobs.model import Job, JobResult, NewJob, Usage
+from jobs.model import Choice, ItemResult, Job, JobResult, NewJob, Usage
 from jobs.registry import ServedModel
 from jobs.states import JobState
 
@@ -39,6 +41,7 @@ def job_object(job: Job, trace_links: TraceLinks) -> JobObject:
         result_expires_at=_seconds(job.result_expires_at),
         priority=job.priority,
         num_prompts=job.num_prompts,
+        request_counts=RequestCounts(**job.items.model_dump()),
         attempts=job.attempts,
         max_attempts=job.max_attempts,
         usage=usage_object(job.usage) if job.usage else None,
@@ -46,7 +49,8 @@ def job_object(job: Job, trace_links: TraceLinks) -> JobObject:
         trace_id=job.trace_id,
         traceparent=job.traceparent,
         error=_error(job, trace),
-        result=completion_object(job, job.result, trace_links) if job.result else None,
+        errors=item_errors(job.result) if job.result else [],
+        result=completion_object(job, job.result, trace_links) if job.result and has_output(job) else None,
         metadata=job.metadata,
         links=JobLinks(self=path, result=f"{path}/result", cancel=f"{path}/cancel", trace=trace),
     )
@@ -71,28 +75,69 @@ def as_submitted(new: NewJob) -> Job:
 
 
 def completion_object(job: Job, result: JobResult, trace_links: TraceLinks) -> CompletionObject:
-    """OpenAI's shape, with the job's timings and trace; choices are numbered through all prompts."""
-    choices = [(choice, item.prompt_logprobs) for item in result.items for choice in item.choices]
+    """OpenAI's shape, with the job's timings and trace; choices are numbered through all prompts.
+
+    A failed prompt has the places of its choices all the same: clients find choices by their index.
+    """
     return CompletionObject(
         id=f"cmpl-{job.id}",
         created=int(job.created_at),
         model=job.model,
-        choices=[
-            CompletionChoice(
-                index=index,
-                text=choice.text,
-                logprobs=choice.logprobs,
-                finish_reason=choice.finish_reason,
-                stop_reason=choice.stop_reason,
-                prompt_logprobs=prompt_logprobs,
-            )
-            for index, (choice, prompt_logprobs) in enumerate(choices)
-        ],
+        choices=_choices(result),
         usage=usage_object(result.usage),
+        errors=item_errors(result),
         timings=job.timings,
         trace_id=job.trace_id,
         trace=trace_links.to(job.traceparent),
     )
+
+
+def _choices(result: JobResult) -> list[CompletionChoice]:
+    num_of_one = max(len(item.choices) for item in result.items)
+    choices: list[CompletionChoice] = []
+    for item in result.items:
+        start = len(choices)
+        if item.failure is None:
+            choices += (_choice(start + place, choice, item) for place, choice in enumerate(item.choices))
+        else:
+            choices += map(_no_choice, range(start, start + num_of_one))
+    return choices
+
+
+def _choice(index: int, choice: Choice, item: ItemResult) -> CompletionChoice:
+    return CompletionChoice(
+        index=index,
+        text=choice.text,
+        logprobs=choice.logprobs,
+        finish_reason=choice.finish_reason,
+        stop_reason=choice.stop_reason,
+        prompt_logprobs=item.prompt_logprobs,
+    )
+
+
+def _no_choice(index: int) -> CompletionChoice:
+    return CompletionChoice(
+        index=index, text="", logprobs=None, finish_reason="error", stop_reason=None, prompt_logprobs=None
+    )
+
+
+def has_output(job: Job) -> bool:
+    """Whether the result of a job, once read, can be told as a completion."""
+    return job.items.completed > 0
+
+
+def item_errors(result: JobResult) -> list[ItemError]:
+    """Of a job of many prompts; with one prompt the failure is the job's own."""
+    return [
+        ItemError(
+            prompt=index,
+            message=item.failure.message,
+            code=item.failure.reason,
+            retryable=item.failure.retryable,
+        )
+        for index, item in enumerate(result.items)
+        if item.failure is not None
+    ]
 
 
 def usage_object(usage: Usage) -> UsageObject:

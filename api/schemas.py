@@ -180,10 +180,24 @@ class CompletionChoice(BaseModel):
     """Over all prompts: those of the first prompt come first."""
     text: str
     logprobs: TokenLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "error"]
+    """`error` marks the place of a choice whose prompt failed; its text is empty, and `errors` says why."""
     stop_reason: int | str | None
     prompt_logprobs: PromptLogprobs | None
     """Of its prompt, where the client asked for them; vLLM's addition."""
+
+
+class ItemError(BaseModel):
+    """Why one prompt of several has no choices of its own; an addition to OpenAI's object."""
+
+    prompt: int
+    """Its place in the request, from 0."""
+    message: str
+    type: Literal["server_error"] = "server_error"
+    code: str
+    """Stable: the failure's reason."""
+    retryable: bool
+    """Whether the same prompt may succeed in another job."""
 
 
 class CompletionObject(BaseModel):
@@ -193,8 +207,10 @@ class CompletionObject(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: UsageObject
+    errors: list[ItemError]
+    """Of the prompts that failed where others did not; an addition to OpenAI's object, as all below it."""
     timings: Timings | None
-    """An addition to OpenAI's object, as are the two below it: where the time went."""
+    """Where the time went."""
     trace_id: str | None
     """Of the request that created the job."""
     trace: str | None
@@ -214,6 +230,14 @@ class ErrorFields(BaseModel):
 
 class ErrorObject(BaseModel):
     error: ErrorFields
+
+
+class RequestCounts(BaseModel):
+    """Prompts of the job, as OpenAI counts the requests of a batch; kept up while it runs."""
+
+    total: int
+    completed: int
+    failed: int
 
 
 class JobLinks(BaseModel):
@@ -247,6 +271,7 @@ class JobObject(BaseModel):
     result_expires_at: int | None
     priority: Priority
     num_prompts: int
+    request_counts: RequestCounts
     attempts: int
     max_attempts: int
     usage: UsageObject | None
@@ -254,7 +279,10 @@ class JobObject(BaseModel):
     trace_id: str | None
     traceparent: str | None
     error: ErrorFields | None
+    errors: list[ItemError]
+    """Of a job of many prompts that has ended: each prompt that failed."""
     result: CompletionObject | None
+    """Once the job has ended, if any of its prompts completed."""
     metadata: dict[str, str]
     links: JobLinks
 

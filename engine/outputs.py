@@ -92,8 +92,23 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestFailure:
+    """Why one request failed in an engine that goes on.
+
+    Attributes:
+        reason: Stable and machine-readable, like that of an `EngineError`.
+        retryable: Whether the same request may succeed when it is run again.
+    """
+
+    reason: str
+    message: str
+    retryable: bool
+
+
+@dataclass(frozen=True, slots=True)
 class RequestOutput:
     """Attributes:
+    failure: Set when the request failed; its completions are what it had by then.
     prompt_logprobs: For each token of the prompt, the token itself and the most probable ones by their
         ids; `None` for the first, which nothing stands before, and where they were not asked for. Of an
         aborted request those that were computed.
@@ -103,7 +118,7 @@ class RequestOutput:
     completions: tuple[Completion, ...]
     usage: Usage
     phases: RequestPhases
-    error: str | None = None
+    failure: RequestFailure | None = None
     prompt_logprobs: tuple[dict[int, PromptLogprob] | None, ...] | None = None
 
 

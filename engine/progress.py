@@ -13,7 +13,15 @@ from dataclasses import replace
 from engine.beam import Ending
 from engine.detokenizer import IncrementalDetokenizer
 from engine.forbidden import ForbiddenTokens
-from engine.outputs import Completion, FinishReason, Logprobs, PromptLogprob, RequestOutput, Usage
+from engine.outputs import (
+    Completion,
+    FinishReason,
+    Logprobs,
+    PromptLogprob,
+    RequestFailure,
+    RequestOutput,
+    Usage,
+)
 from engine.sampling import SamplingParams
 from engine.sequence import Request, Sequence, TokenLogprob
 from engine.stats import PhaseRecorder
@@ -27,7 +35,7 @@ class RequestProgress(ABC):
         phases: The request's stamps.
         prompt_logprobs: Of the prompt's tokens from the second on, as far as they are computed.
         prompt_ranks: Of the same, where `prompt_logprobs` were asked for.
-        error: Why the request as a whole has failed.
+        failure: Why the request as a whole has failed.
     """
 
     def __init__(
@@ -43,7 +51,7 @@ class RequestProgress(ABC):
         self.phases = PhaseRecorder(arrived_at)
         self.prompt_logprobs: list[TokenLogprob] = []
         self.prompt_ranks: list[int] = []
-        self.error: str | None = None
+        self.failure: RequestFailure | None = None
         self._texts = texts
         root = request.sequences[0]
         self._prompt_token_ids = root.token_ids[: root.num_prompt_tokens]
@@ -89,7 +97,7 @@ class RequestProgress(ABC):
                 cached_tokens=self.request.num_cached_tokens or 0,
             ),
             phases=self.phases.finish(at),
-            error=self.error,
+            failure=self.failure,
             prompt_logprobs=self._told_prompt_logprobs(),
         )
 

@@ -105,7 +105,7 @@ class SampledProgress(RequestProgress):
         if guide is None:
             return False
         guide.accept(token_id)
-        self.error = self.error or guide.error
+        self.failure = self.failure or guide.failure
         return guide.is_over
 
     def delta(self, index: int, token_ids: SequenceOf[int], text: str) -> TokenDelta | None:

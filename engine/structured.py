@@ -13,9 +13,14 @@ from typing import Protocol
 import llguidance
 
 from engine.errors import InvalidRequestError
+from engine.outputs import RequestFailure
 from engine.sampling import StructuredOutput
 
 MAX_KEPT_GRAMMARS = 32
+
+_UNFOLLOWED = RequestFailure(
+    "structure_failed", "the structure could not be followed to its end", retryable=False
+)
 
 
 class SerialisedTokenizer(Protocol):
@@ -30,13 +35,13 @@ class Guide:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing can follow; also when the grammar can no longer be followed (see `error`)."""
+        """Whether nothing can follow; also when the grammar can no longer be followed (see `failure`)."""
         return bool(self._matcher.is_stopped())
 
     @property
-    def error(self) -> str | None:
+    def failure(self) -> RequestFailure | None:
         """Why the grammar was given up, as when it grew too complex; None while all is well."""
-        return "the structure could not be followed to its end" if self._matcher.is_error() else None
+        return _UNFOLLOWED if self._matcher.is_error() else None
 
     def allowed(self) -> bytes:
         """One bit for each token of the vocabulary, the first in the lowest bit of the first byte."""

@@ -14,6 +14,10 @@ class Keys:
     def job(self, id: JobId) -> str:
         return f"{self.prefix}job:{id}"
 
+    def items(self, id: JobId) -> str:
+        """What an unfinished job of many prompts has finished of them."""
+        return f"{self.prefix}items:{id}"
+
     def open(self, queue: str) -> str:
         """The ledger of a queue."""
         return f"{self.prefix}open:{queue}"

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import monotonic
 
 from jobs.errors import IdempotencyMismatch, QueueFull
-from jobs.model import Failure, Job, JobId, LeaseToken, NewJob, ReplicaId, WorkerId
+from jobs.model import Failure, ItemResult, Job, JobId, JobResult, LeaseToken, NewJob, ReplicaId, WorkerId
 from jobs.record import (
     CLAIMED_FIELDS,
     JOB_FIELDS,
+    item_fields,
     new_record,
     settlement_fields,
     to_claim,
@@ -40,6 +42,16 @@ from jobs.store import (
 
 _POLL_SECONDS = 0.005
 
+_UNENDED = {
+    JobState.CANCELLED: Failure(
+        reason="cancelled", message="the job was cancelled before this prompt was done", retryable=True
+    ),
+    JobState.EXPIRED: Failure(
+        reason="expired", message="the deadline passed before this prompt was done", retryable=True
+    ),
+}
+"""As in `lua/_common.lua`."""
+
 
 @dataclass
 class MemoryStore:
@@ -52,6 +64,7 @@ class MemoryStore:
     def __post_init__(self) -> None:
         self._lock = threading.RLock()
         self._records: dict[JobId, dict[str, str]] = {}
+        self._items: dict[JobId, dict[str, str]] = {}
         self._open: dict[str, dict[JobId, float]] = {}
         self._idempotency: dict[str, tuple[JobId, str]] = {}
         self._streams: dict[str, list[tuple[int, JobId, str]]] = {}
@@ -86,6 +99,7 @@ class MemoryStore:
                 return False
             self._open[record["queue"]].pop(id, None)
             self._idempotency.pop(record.get("idempotency_key", ""), None)
+            self._items.pop(id, None)
             del self._records[id]
             return True
 
@@ -168,11 +182,12 @@ class MemoryStore:
                 if ended in (ClaimOutcome.HELD, ClaimOutcome.WAITING):
                     return Claim(ended)
                 is_final = ended is ClaimOutcome.FINAL
+                is_told = ended in (ClaimOutcome.FINAL, ClaimOutcome.EXHAUSTED)
                 return to_refusal(
                     ended,
                     record["attempts"],
                     record.pop("vanished_since", "") if is_final else lost_since,
-                    record["state"] if is_final else "",
+                    record["state"] if is_told else "",
                     record.get("released_at", ""),
                     "1" if _ended_in_queue(record) else "",
                     record.get("published_at", ""),
@@ -192,7 +207,8 @@ class MemoryStore:
                 record.pop("failure", None)
                 record.pop("alone", None)
                 self._notify(record)
-            return to_claim(*(record.get(name, "") for name in CLAIMED_FIELDS))
+            items = [part for pair in self._items.get(id, {}).items() for part in pair]
+            return to_claim(*(record.get(name, "") for name in CLAIMED_FIELDS), items=items)
 
     def _refuse_or_end(self, record: dict[str, str], token: LeaseToken, now: float) -> ClaimOutcome | None:
         """Why the job cannot be claimed, ending it where its time, its attempts or a cancel say so."""
@@ -249,6 +265,17 @@ class MemoryStore:
             record.update(settlement_fields(settlement))
             self._finish(record, settlement.state, now)
             return SettleOutcome.SETTLED
+
+    def keep(
+        self, id: JobId, token: LeaseToken, items: Mapping[int, ItemResult], *, completed: int, failed: int
+    ) -> bool:
+        with self._lock:
+            record = self._records.get(id, {})
+            if record.get("lease_token") != token:
+                return False
+            self._items.setdefault(id, {}).update(item_fields(items))
+            record.update(items_completed=str(completed), items_failed=str(failed))
+            return True
 
     def mark_alone(self, id: JobId, token: LeaseToken) -> bool:
         with self._lock:
@@ -363,6 +390,12 @@ class MemoryStore:
     def _finish(self, record: dict[str, str], state: JobState, now: float) -> None:
         if "next_attempt_at" in record:
             self._publish_due(record, now)
+        items = self._items.pop(JobId(record["id"]), {})
+        if items and "result" not in record:
+            result = _gathered(record, state, items)
+            record.update(settlement_fields(Settlement(state, result=result)))
+            if state is JobState.FAILED and result.failure is None:
+                state = JobState.COMPLETED
         record.update(
             state=state.value, finished_at=repr(now), result_expires_at=repr(now + self.result_ttl_seconds)
         )
@@ -406,6 +439,13 @@ class MemorySchedule:
 
     async def advance(self, *, now: float) -> Advance:
         return self.store.advance(now=now)
+
+
+def _gathered(record: dict[str, str], state: JobState, items: Mapping[str, str]) -> JobResult:
+    """The result of a job that ends before all its items did."""
+    other = ItemResult(failure=_UNENDED.get(state) or Failure.model_validate_json(record["failure"]))
+    stored = {int(index): ItemResult.model_validate_json(item) for index, item in items.items()}
+    return JobResult(items=tuple(stored.get(index, other) for index in range(int(record["num_prompts"]))))
 
 
 def _ended_in_queue(record: dict[str, str]) -> bool:

@@ -93,16 +93,56 @@ class Usage(Document):
         return self.prompt_tokens + self.completion_tokens
 
 
-class ItemResult(Document):
-    """The outcome of one prompt of the job, in the order of the request."""
+class Failure(Document):
+    """Why an item, an attempt or a job failed; never holds prompt or output text."""
 
-    choices: tuple[Choice, ...]
-    usage: Usage
+    reason: str
+    """Stable and machine-readable; the same word in the API's error code, spans and metrics."""
+    message: str
+    retryable: bool = False
+
+
+class ItemResult(Document):
+    """The outcome of one prompt of the job: its choices, or its own failure."""
+
+    choices: tuple[Choice, ...] = ()
+    """None where it failed."""
+    usage: Usage = Usage(prompt_tokens=0, completion_tokens=0)
     prompt_logprobs: PromptLogprobs | None = None
+    failure: Failure | None = None
+
+
+class ItemCounts(Document):
+    """How far the items of a job are; those that are neither completed nor failed have yet to end."""
+
+    total: int
+    completed: int
+    failed: int
 
 
 class JobResult(Document):
     items: tuple[ItemResult, ...]
+    """In the order of the request's prompts."""
+
+    @property
+    def num_failed(self) -> int:
+        return sum(item.failure is not None for item in self.items)
+
+    @property
+    def failure(self) -> Failure | None:
+        """Set when every item failed: what the job failed of."""
+        failures = [item.failure for item in self.items if item.failure is not None]
+        if len(failures) < len(self.items):
+            return None
+        first = failures[0]
+        if len(failures) == 1:
+            return first
+        is_one_reason = all(failure.reason == first.reason for failure in failures)
+        return Failure(
+            reason=first.reason if is_one_reason else "items_failed",
+            message=f"all {len(failures)} prompts failed; the first: {first.message}",
+            retryable=any(failure.retryable for failure in failures),
+        )
 
     @property
     def usage(self) -> Usage:
@@ -111,15 +151,6 @@ class JobResult(Document):
             completion_tokens=sum(item.usage.completion_tokens for item in self.items),
             cached_tokens=sum(item.usage.cached_tokens for item in self.items),
         )
-
-
-class Failure(Document):
-    """Why an attempt or a job failed; never holds prompt or output text."""
-
-    reason: str
-    """Stable and machine-readable; the same word in the API's error code, spans and metrics."""
-    message: str
-    retryable: bool = False
 
 
 class Timings(Document):
@@ -186,8 +217,24 @@ class Job(Document):
     usage: Usage | None = None
     timings: Timings | None = None
     failure: Failure | None = None
+    items_completed: int | None = None
+    """Of a job of many prompts, once some of its items are stored; see `items`."""
+    items_failed: int | None = None
     result: JobResult | None = None
-    """Only when it was asked for."""
+    """Only when it was asked for. A job of many prompts that did not complete may have one too: what each of
+    its items came to."""
+
+    @property
+    def items(self) -> ItemCounts:
+        """What its items came to, or in an unfinished job of many prompts what is stored of them by now."""
+        total = self.num_prompts
+        if self.items_completed is not None:
+            return ItemCounts(total=total, completed=self.items_completed, failed=self.items_failed or 0)
+        return ItemCounts(
+            total=total,
+            completed=total if self.state is JobState.COMPLETED else 0,
+            failed=total if self.state is JobState.FAILED else 0,
+        )
 
     @property
     def trace_id(self) -> str | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from jobs.model import Failure, Job, JobRequest, NewJob
+from jobs.model import Failure, ItemResult, Job, JobRequest, NewJob
 from jobs.states import JobState
 from jobs.store import Claim, ClaimOutcome, LostAttempt, Settlement
 
@@ -31,6 +31,8 @@ JOB_FIELDS = (
     "usage",
     "timings",
     "failure",
+    "items_completed",
+    "items_failed",
 )
 """What a poll reads: all but the request and the result, which can be large."""
 
@@ -72,11 +74,19 @@ def settlement_fields(settlement: Settlement) -> dict[str, str]:
     if settlement.result is not None:
         fields["result"] = settlement.result.model_dump_json(exclude_none=True)
         fields["usage"] = settlement.result.usage.model_dump_json()
+        if len(settlement.result.items) > 1:
+            num_failed = settlement.result.num_failed
+            fields["items_completed"] = str(len(settlement.result.items) - num_failed)
+            fields["items_failed"] = str(num_failed)
     if settlement.timings is not None:
         fields["timings"] = settlement.timings.model_dump_json()
     if settlement.failure is not None:
         fields["failure"] = settlement.failure.model_dump_json()
     return fields
+
+
+def item_fields(items: Mapping[int, ItemResult]) -> dict[str, str]:
+    return {str(index): item.model_dump_json(exclude_none=True) for index, item in items.items()}
 
 
 CLAIMED_FIELDS = (
@@ -105,7 +115,10 @@ def to_claim(
     released_at: str,
     forgiven: str,
     published_at: str,
+    *,
+    items: Sequence[str],
 ) -> Claim:
+    """`items` holds indices and documents in turns."""
     attempt = int(attempts)
     return Claim(
         outcome=ClaimOutcome.CLAIMED,
@@ -119,6 +132,10 @@ def to_claim(
         released_at=_time(released_at),
         forgiven=int(forgiven or 0),
         published_at=_time(published_at),
+        items={
+            int(index): ItemResult.model_validate_json(document)
+            for index, document in zip(items[::2], items[1::2], strict=True)
+        },
     )
 
 

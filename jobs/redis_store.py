@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import redis
@@ -11,9 +12,10 @@ from jobs import scripts
 from jobs.errors import IdempotencyMismatch, QueueFull
 from jobs.gathered_scripts import GatheredScripts
 from jobs.keys import Keys
-from jobs.model import Failure, Job, JobId, LeaseToken, NewJob, ReplicaId, WorkerId
+from jobs.model import Failure, ItemResult, Job, JobId, LeaseToken, NewJob, ReplicaId, WorkerId
 from jobs.record import (
     JOB_FIELDS,
+    item_fields,
     new_record,
     settlement_fields,
     to_claim,
@@ -37,6 +39,8 @@ from jobs.store import (
 )
 
 REPLIES_PER_READ = 500
+ITEMS_PER_SCRIPT = 500
+"""Lua takes some thousands of arguments at once."""
 
 
 class RedisSubmissionStore:
@@ -133,6 +137,7 @@ class RedisAttemptStore:
         self._settle = gathered.script("settle")
         self._release = gathered.script("release")
         self._alone = gathered.script("alone")
+        self._keep = gathered.script("keep")
 
     def claim(
         self,
@@ -157,7 +162,10 @@ class RedisAttemptStore:
             FORGIVEN_LIMIT,
         ]
         outcome, *fields = self._claim([self._keys.job(id)], args)
-        return to_claim(*fields) if outcome == ClaimOutcome.CLAIMED else to_refusal(outcome, *fields)
+        if outcome != ClaimOutcome.CLAIMED:
+            return to_refusal(outcome, *fields)
+        *fields, items = fields
+        return to_claim(*fields, items=items)
 
     def renew(
         self, held: dict[JobId, LeaseToken], *, now: float, lease_seconds: float
@@ -180,6 +188,17 @@ class RedisAttemptStore:
         head: list[Any] = [self._keys.prefix, id, token, repr(now), settlement.state.value, self._ttl]
         reply = self._settle([self._keys.job(id)], [*head, message_tag, *fields])
         return SettleOutcome(reply)
+
+    def keep(
+        self, id: JobId, token: LeaseToken, items: Mapping[int, ItemResult], *, completed: int, failed: int
+    ) -> bool:
+        keys = [self._keys.job(id), self._keys.items(id)]
+        fields = list(item_fields(items).items())
+        for start in range(0, len(fields), ITEMS_PER_SCRIPT):
+            some = [part for pair in fields[start : start + ITEMS_PER_SCRIPT] for part in pair]
+            if not self._keep(keys, [token, completed, failed, *some]):
+                return False
+        return True
 
     def mark_alone(self, id: JobId, token: LeaseToken) -> bool:
         return bool(self._alone([self._keys.job(id)], [token]))

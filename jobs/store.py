@@ -8,12 +8,14 @@ in a process and passes the same contract tests.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
 from jobs.model import (
     Failure,
+    ItemResult,
     Job,
     JobId,
     JobRequest,
@@ -114,7 +116,8 @@ class ClaimOutcome(StrEnum):
     EXPIRED = "expired"
     """Its deadline had passed; this claim ended it."""
     EXHAUSTED = "exhausted"
-    """All its attempts are used up, the forgiven ones aside; now it has failed (`worker_lost`)."""
+    """All its attempts are used up, the forgiven ones aside; now it has failed, of its last attempt's failure
+    or of `worker_lost`. So have the items that had not ended; where others had completed, so is the job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +148,10 @@ class Claim:
     """When an attempt last gave the job back, and its wait began anew. Unix seconds. As `lost`, or final."""
     forgiven: int = 0
     """Attempts before this one that ended with their engine or worker, others being in it: not counted."""
+    items: Mapping[int, ItemResult] = field(default_factory=dict)
+    """What attempts before this one stored of a job of many prompts, by its place in the request."""
     ended_as: JobState | None = None
-    """Set when the job was final already."""
+    """Set when the job was final already, or exhausted: one that kept some completed items is completed."""
     ended_in_queue: bool = False
     """It ended, or was ended by this claim, while it waited; not while an attempt was at it."""
     published_at: float | None = None
@@ -176,7 +181,10 @@ class RenewOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """The final word of an attempt; exactly one of result and failure, or neither for expiry."""
+    """The final word of an attempt: a result, a failure, or neither for a cancel and an expiry.
+
+    Both for a job of many prompts that all failed: the result says what each failed of.
+    """
 
     state: JobState
     result: JobResult | None = None
@@ -217,6 +225,16 @@ class AttemptStore(Protocol):
 
         `message_tag` is the delivery tag of the broker's message, which goes in the same act where the
         outcome is SETTLED or CANCELLED; otherwise, and without a tag, it is left to whoever holds it.
+        """
+        ...
+
+    def keep(
+        self, id: JobId, token: LeaseToken, items: Mapping[int, ItemResult], *, completed: int, failed: int
+    ) -> bool:
+        """Store ended items of a running job of many prompts, for the next attempt or the job's end.
+
+        `completed` and `failed` count all that the job has by now. Safe to repeat; an item stored before is
+        replaced. False when the lease is another's: nothing was stored.
         """
         ...
 

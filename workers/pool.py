@@ -11,6 +11,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import wait as wait_for_futures
 from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import Any, TypeVar
@@ -47,8 +48,12 @@ class TaskHandle:
         if future is not None:
             _resolve(future, error)
 
-    def wait(self, future: Future[T]) -> T:
+    def wait(
+        self, future: Future[T], *, meanwhile: Callable[[], None] | None = None, every_seconds: float = 1.0
+    ) -> T:
         """Block on the engine; a terminate, a time limit or a shutdown ends the wait early.
+
+        `meanwhile` is called every so often until then; what it raises ends the wait too.
 
         Raises:
             JobStopped: the task was terminated or the worker shuts down.
@@ -59,6 +64,8 @@ class TaskHandle:
             early = self._ended_by
         if early is not None:
             _resolve(future, early)
+        while meanwhile is not None and not wait_for_futures([future], every_seconds).done:
+            meanwhile()
         return future.result()
 
 

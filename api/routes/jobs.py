@@ -9,7 +9,7 @@ from fastapi import APIRouter, Path, Request, Response
 
 from api.errors import JobLost, JobNotFound, NoResult, NotCancellable
 from api.preferences import Preferences, read_preferences, read_wait
-from api.presentation import as_submitted, completion_object, job_object
+from api.presentation import as_submitted, completion_object, has_output, job_object
 from api.replies import ERRORS, cacheable_job_reply, job_headers, job_reply, json_reply
 from api.schemas import CompletionObject, JobBody, JobObject
 from api.services import Ready, Services
@@ -72,11 +72,11 @@ async def read(request: Request, id: RawJobId, services: Ready) -> Response:
     responses={202: {"model": JobObject, "description": "Not done yet"}, **ERRORS},
 )
 async def read_result(id: RawJobId, services: Ready) -> Response:
-    """The bare completion object of a completed job."""
+    """The bare completion object of a job that has one: it completed, or some of its prompts did."""
     job = await _existing(services, _job_id(id))
     if not job.state.is_final:
         return job_reply(job, job_headers(job.id), services.trace_links)
-    if job.result is None:
+    if job.result is None or not has_output(job):
         raise NoResult(job.id, job.state)
     return json_reply(completion_object(job, job.result, services.trace_links), 200, {"X-Job-Id": job.id})
 

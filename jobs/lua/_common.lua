@@ -44,16 +44,51 @@ local function publish(prefix, job_key, id, now)
   redis.call('HSET', job_key, 'published_at', now)
 end
 
--- Make a state final: record, ledger, retention, watchers, at once.
+-- What is told of the items that had not ended when their job did; a failed job's own failure otherwise.
+local UNENDED = {
+  cancelled = '{"reason":"cancelled","message":"the job was cancelled before this prompt was done","retryable":true}',
+  expired = '{"reason":"expired","message":"the deadline passed before this prompt was done","retryable":true}',
+}
+
+-- Make the result of a job of many prompts that ends before all of them did: what was stored of them, and `failure`
+-- (JSON) for each other. Returns how many completed.
+local function gather(prefix, job_key, id, failure)
+  local stored = redis.call('HGETALL', prefix .. 'items:' .. id)
+  local total, completed, used = tonumber(field(job_key, 'num_prompts')), 0, {0, 0, 0}
+  local parts, unended = {}, '{"failure":' .. failure .. '}'
+  for index = 1, total do parts[index] = unended end
+  for at = 1, #stored, 2 do
+    local item = cjson.decode(stored[at + 1])
+    parts[tonumber(stored[at]) + 1] = stored[at + 1]
+    if not item.failure then completed = completed + 1 end
+    for place, name in ipairs({'prompt_tokens', 'completion_tokens', 'cached_tokens'}) do
+      used[place] = used[place] + item.usage[name]
+    end
+  end
+  redis.call('HSET', job_key, 'result', '{"items":[' .. table.concat(parts, ',') .. ']}',
+             'usage', string.format('{"prompt_tokens":%d,"completion_tokens":%d,"cached_tokens":%d}', unpack(used)),
+             'items_completed', completed, 'items_failed', total - completed)
+  return completed
+end
+
+-- Make a state final: record, ledger, retention, watchers, at once. Returns the state: a job that fails when some of
+-- its items had completed is a completed one.
 local function finish(prefix, job_key, id, state, now, ttl)
   -- Who waited for its time is met by a worker all the same, which tells the trace of the wait.
   if field(job_key, 'next_attempt_at') ~= '' then publish(prefix, job_key, id, now) end
   redis.call('ZREM', prefix .. 'deadlines', id)
+  local has_items = state ~= 'completed' and field(job_key, 'items_completed') ~= ''
+  if has_items and redis.call('HEXISTS', job_key, 'result') == 0 then
+    local num_completed = gather(prefix, job_key, id, UNENDED[state] or field(job_key, 'failure'))
+    if state == 'failed' and num_completed > 0 then state = 'completed' end
+  end
   redis.call('HSET', job_key, 'state', state, 'finished_at', now,
              'result_expires_at', string.format('%.3f', tonumber(now) + tonumber(ttl)))
   redis.call('HDEL', job_key, 'lease_token', 'lease_expires_at', 'worker')
   if state ~= 'failed' then redis.call('HDEL', job_key, 'request') end
+  redis.call('DEL', prefix .. 'items:' .. id)
   redis.call('ZREM', prefix .. 'open:' .. field(job_key, 'queue'), id)
   redis.call('EXPIRE', job_key, ttl)
   notify(prefix, job_key, id, state)
+  return state
 end

@@ -3,10 +3,11 @@
 -- ARGV    prefix, id, token, worker, now, lease_expires_at, ttl, failure JSON for used-up attempts,
 --         traceparent of this attempt ('' for none), the most attempts that may be forgiven
 -- Returns {'claimed', attempts, request, queued_at, expires_at, traceparent, previous_traceparent, lost_since,
---          released_at, forgiven, published_at}
+--          released_at, forgiven, published_at, {index, item, ...} as stored by attempts before}
 --       | {'missing'} | {'held'} | {'waiting'}
 --       | {'final', attempts, lost_since, state, released_at, in_queue, published_at}
---       | {'cancelled' | 'expired' | 'exhausted', attempts, lost_since, '', released_at, in_queue, published_at}
+--       | {'cancelled' | 'expired', attempts, lost_since, '', released_at, in_queue, published_at}
+--       | {'exhausted', attempts, lost_since, state, released_at, in_queue, published_at}
 -- lost_since is when the attempt before began, if it ended without a word: its lease ran out. Else ''.
 -- published_at is when the job's last wait for its time was over, '' for one that never waited.
 -- in_queue is '1' for a job that ended while it waited in its queue, '' for one that was at work.
@@ -15,9 +16,11 @@ local job = KEYS[1]
 local state = field(job, 'state')
 
 local function claimed()
+  local items = field(job, 'items_completed') == '' and {} or redis.call('HGETALL', prefix .. 'items:' .. id)
   return {'claimed', field(job, 'attempts'), field(job, 'request'), field(job, 'queued_at'),
           field(job, 'expires_at'), field(job, 'traceparent'), field(job, 'previous_traceparent'),
-          field(job, 'lost_since'), field(job, 'released_at'), field(job, 'forgiven'), field(job, 'published_at')}
+          field(job, 'lost_since'), field(job, 'released_at'), field(job, 'forgiven'), field(job, 'published_at'),
+          items}
 end
 
 local function ended(outcome, lost_since, final_state)
@@ -56,8 +59,7 @@ end
 if tonumber(attempts) - forgiven(job) >= tonumber(field(job, 'max_attempts')) then
   -- A worker that vanished left no failure of its own; one that reported did, at its release.
   if field(job, 'failure') == '' then redis.call('HSET', job, 'failure', ARGV[8]) end
-  finish(prefix, job, id, 'failed', now, ARGV[7])
-  return ended('exhausted', lost_since, '')
+  return ended('exhausted', lost_since, finish(prefix, job, id, 'failed', now, ARGV[7]))
 end
 redis.call('HINCRBY', job, 'attempts', 1)
 -- Kept, not only returned: a claim that is repeated must say the same again.

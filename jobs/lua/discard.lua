@@ -6,5 +6,5 @@ redis.call('ZREM', prefix .. 'open:' .. field(KEYS[1], 'queue'), id)
 local idempotency = field(KEYS[1], 'idempotency_key')
 if idempotency ~= '' then redis.call('DEL', prefix .. 'idempotency:' .. idempotency) end
 redis.call('ZREM', prefix .. 'deadlines', id)
-redis.call('DEL', KEYS[1])
+redis.call('DEL', KEYS[1], prefix .. 'items:' .. id)
 return 1

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -26,6 +26,8 @@ class Stores:
     directory: ModelDirectory
     announcer: ModelAnnouncer
     schedule: AsyncSchedule
+    num_with_items: Callable[[], int]
+    """Jobs of which the store holds items apart."""
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +40,7 @@ def redis_url() -> Iterator[str]:
 async def stores(request: pytest.FixtureRequest) -> AsyncIterator[Stores]:
     if request.param == "memory":
         store = MemoryStore(result_ttl_seconds=3600)
-        yield Stores(store, store, store, store, MemorySchedule(store))
+        yield Stores(store, store, store, store, MemorySchedule(store), lambda: len(store._items))
         return
     settings = JobsSettings(
         redis_url=SecretStr(request.getfixturevalue("redis_url")), result_ttl_seconds=3600
@@ -51,6 +53,7 @@ async def stores(request: pytest.FixtureRequest) -> AsyncIterator[Stores]:
         RedisModelDirectory(async_client, settings),
         RedisModelAnnouncer(client, settings),
         RedisAsyncSchedule(async_client, settings),
+        lambda: sum(1 for _ in client.scan_iter(match=f"{settings.key_prefix}items:*")),
     )
     await async_client.aclose()
     client.close()

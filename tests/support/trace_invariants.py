@@ -175,19 +175,28 @@ def _apart(span: SpanRecord, by_id: Mapping[str, SpanRecord]) -> Iterator[str]:
 
 
 def _items(spans: Sequence[SpanRecord]) -> Iterator[str]:
-    """The items of one attempt are numbered from 0, those below its span and those apart together."""
-    indices: dict[Value, list[Value]] = {}
+    """Over all attempts of a job each item is generated once, but for tries that failed.
+
+    They are numbered from 0, those below their attempt's span and those apart together; a killed worker takes
+    spans of items with it and leaves holes.
+    """
+    has_lost = {span.attributes.get(names.JOB_ID) for span in spans if span.name.startswith("lost ")}
+    done: dict[Value, list[int]] = {}
+    failed: dict[Value, set[int]] = {}
     for span in spans:
-        if _is_generation(span) and names.ITEM_INDEX in span.attributes:
-            links = [
-                link.span_id
-                for link in span.links
-                if link.attributes.get(names.LINK_ROLE) == names.LINK_ATTEMPT
-            ]
-            indices.setdefault((links or [span.parent_id])[0], []).append(span.attributes[names.ITEM_INDEX])
-    for attempt, found in indices.items():
-        if sorted(map(str, found)) != sorted(map(str, range(len(found)))):
-            yield f"items are 0..n-1: those of attempt {attempt!r} are {found}"
+        index, job_id = span.attributes.get(names.ITEM_INDEX), span.attributes.get(names.JOB_ID)
+        if not _is_generation(span) or not isinstance(index, int):
+            continue
+        if span.status == "ERROR":
+            failed.setdefault(job_id, set()).add(index)
+        else:
+            done.setdefault(job_id, []).append(index)
+    for job_id in done.keys() | failed.keys():
+        ran = set(done.get(job_id, ())) | failed.get(job_id, set())
+        if len(set(done.get(job_id, ()))) < len(done.get(job_id, ())):
+            yield f"an item is generated once: those of job {job_id!r} are {sorted(done[job_id])}"
+        if job_id not in has_lost and ran != set(range(len(ran))):
+            yield f"items are 0..n-1: those of job {job_id!r} are {sorted(ran)}"
 
 
 def _sum(spans: Sequence[SpanRecord], job_id: str, told: tuple[int, int]) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """One attempt at one job: claim, generate, settle, or give back.
 
 message ─▶ claim ─┬─ not ours, ended, unknown ─────────────▶ acknowledge
-└─ ours ─▶ engine ─┬─ outputs ───────────▶ settle completed ─▶ acknowledge
+└─ ours ─▶ engine ─┬─ outcomes ──────────▶ settle completed, failed ─▶ acknowledge
+├─ one may pass ──────▶ release, requeue the message
 ├─ refused ───────────▶ settle failed
 ├─ cancel, deadline ──▶ settle cancelled, expired
 ├─ lease lost ────────▶ say nothing
@@ -23,7 +24,6 @@ from time import time_ns
 from typing import TypeVar
 
 from engine.errors import InvalidRequestError
-from engine.outputs import RequestOutput
 from engine.sampling import SamplingParams, StructuredOutput
 from jobs.clock import Clock
 from jobs.errors import StoreUnavailable
@@ -34,12 +34,13 @@ from telemetry.log import logged_job
 from telemetry.spans import traceparent
 from workers.attempts.company import Company, Place, grade_of
 from workers.attempts.holding import HeldJob, Holding
+from workers.attempts.items import Items
 from workers.attempts.observe import AttemptObserver, HandOver
 from workers.attempts.pause import RetryPause
-from workers.attempts.result import AttemptStamps, job_result, job_timings
+from workers.attempts.result import AttemptStamps, job_timings
 from workers.delivery import Delivery
-from workers.engines.protocol import EngineRequest
-from workers.engines.runtime import Generation, Runtime
+from workers.engines.protocol import EngineRequest, Refused
+from workers.engines.runtime import Runtime
 from workers.errors import CancelWished, DeadlinePassed, EngineLost, EngineRefused, LeaseLost
 from workers.pool import JobStopped, TaskHandle, current_handle
 
@@ -47,12 +48,27 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+STORE_ITEMS_SECONDS = 1.0
+"""How often ended items of a running job of many prompts are stored: what a lost worker costs of them."""
+
 
 class Verdict(Enum):
     """What becomes of the message."""
 
     ACKNOWLEDGE = auto()
     REQUEUE = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One stay in the engine, or what is known of it by now."""
+
+    delivery: Delivery
+    token: LeaseToken
+    request: JobRequest
+    params: SamplingParams
+    items: Items
+    asked_at_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +139,18 @@ class AttemptRunner:
         handle = current_handle()
         held = HeldJob(delivery.id, token, claim.expires_at, handle.end)
         asked_at_ns = time_ns()
+        items = Items(request, claim.items)
         try:
             params = sampling_params(request.sampling)
-            requests = engine_requests(delivery.id, token, request, params)
-            with (
-                self.holding.hold(held),
-                self.observer.interruption_told(delivery, asked_at_ns),
-                self._in_company(delivery.id, claim, token, tell_claim),
-            ):
-                generation, outputs = self._run_engine(requests, handle, tell_claim)
+            run = _Run(delivery, token, request, params, items, asked_at_ns)
+            if items.missing:  # else the attempt before ended between its last item and its settling
+                with (
+                    self.holding.hold(held),
+                    self._items_stored_at_least(run),
+                    self.observer.interruption_told(delivery, asked_at_ns),
+                    self._in_company(delivery.id, claim, token, tell_claim),
+                ):
+                    self._run_engine(run, handle, tell_claim)
         except (InvalidRequestError, EngineRefused) as refusal:
             return self._settle(delivery, token, Settlement(JobState.FAILED, failure=_as_failure(refusal)))
         except CancelWished:
@@ -147,15 +166,18 @@ class AttemptRunner:
         except JobStopped:
             self.observer.handed_back(self._release(delivery, token, None))
             raise
-        hand_over = HandOver(asked_at_ns, received_at_ns=time_ns())
-        generated_at = self.clock.now()
-        settlement = _settlement(outputs)
+        received_at_ns, generated_at = time_ns(), self.clock.now()
+        items.take()
+        if (failure := items.passing_failure) is not None:
+            self._store_and_tell_items(run)
+            return self._give_back(delivery, claim, token, failure)
+        settlement = items.settlement()
         stamps = AttemptStamps(claim.queued_at, claimed_at, generated_at, settled_at=self.clock.now())
-        settlement = replace(settlement, timings=job_timings(outputs, stamps))
+        settlement = replace(settlement, timings=job_timings(items.outputs, stamps))
         outcome = self._store(delivery, token, settlement)
         with self.observer.reporting(delivery):
             # Not before: a job of thousands of prompts has as many spans, and its client waits.
-            self.observer.generated(delivery, request, params, outputs, hand_over, generation.traced)
+            self._tell_items(run, received_at_ns)
             return self._tell(delivery, settlement, outcome)
 
     @contextmanager
@@ -179,17 +201,73 @@ class AttemptRunner:
                     raise LeaseLost("the lease is another worker's")
             yield
 
-    def _run_engine(
-        self, requests: tuple[EngineRequest, ...], handle: TaskHandle, tell_claim: Callable[[], None]
-    ) -> tuple[Generation, tuple[RequestOutput, ...]]:
-        generation = self.runtime.submit(requests)
+    def _run_engine(self, run: _Run, handle: TaskHandle, tell_claim: Callable[[], None]) -> None:
+        """Return when every item has ended; those of many are stored as they do."""
+        generation = run.items.generation = self.runtime.submit(engine_requests(run))
         try:
             tell_claim()  # now that the engine is at work
-            return generation, handle.wait(generation.future)
+            meanwhile = partial(self._store_some_items, run) if run.items.are_many else None
+            outcomes = handle.wait(generation.future, meanwhile=meanwhile, every_seconds=STORE_ITEMS_SECONDS)
         except BaseException as ending:
             if not isinstance(ending, EngineLost):  # after which nothing is left to abort
                 self.runtime.abort(generation)
             raise
+        if not run.items.are_many and isinstance(outcomes[0], Refused):
+            raise EngineRefused(outcomes[0].reason, outcomes[0].message)
+
+    @contextmanager
+    def _items_stored_at_least(self, run: _Run) -> Iterator[None]:
+        """What ended before the attempt was ended early is not to be run again."""
+        try:
+            yield
+        except (EngineLost, CancelWished, DeadlinePassed, JobStopped):
+            if run.items.are_many:
+                run.items.take()
+                self._store_and_tell_items(run)
+            raise
+
+    def _store_and_tell_items(self, run: _Run) -> None:
+        """Before the job goes back. What could not be stored will run again, and be told of then."""
+        received_at_ns = time_ns()
+        if not run.items.outcomes:
+            return
+        with self.observer.reporting(run.delivery):
+            if not run.items.are_many or self._insist(partial(self._store_items, run), max_tries=3):
+                self._tell_items(run, received_at_ns)
+
+    def _store_some_items(self, run: _Run) -> None:
+        run.items.take()
+        try:
+            is_ours = self._store_items(run)
+        except StoreUnavailable as error:
+            logger.info("items were not stored, trying again with the next: %s", error)
+            return
+        if not is_ours:
+            raise LeaseLost("the lease is another worker's")
+
+    def _store_items(self, run: _Run) -> bool:
+        """False when the lease is another's."""
+        unstored = run.items.unstored
+        if not unstored:
+            return True
+        is_ours = self.store.keep(
+            run.delivery.id,
+            run.token,
+            unstored,
+            completed=run.items.num_completed,
+            failed=run.items.num_failed,
+        )
+        if is_ours:
+            run.items.are_stored()
+        return is_ours
+
+    def _tell_items(self, run: _Run, received_at_ns: int) -> None:
+        """An attempt tells of the items that it ran, not of those before it."""
+        if run.items.generation is None:
+            return
+        hand_over = HandOver(run.asked_at_ns, received_at_ns)
+        outcomes, traced = run.items.outcomes, run.items.generation.traced
+        self.observer.generated(run.delivery, run.request, run.params, outcomes, hand_over, traced)
 
     def _settle(self, delivery: Delivery, token: LeaseToken, settlement: Settlement) -> Verdict:
         return self._tell(delivery, settlement, self._store(delivery, token, settlement))
@@ -267,13 +345,17 @@ class AttemptRunner:
                     return None
 
 
-def engine_requests(
-    id: JobId, token: LeaseToken, request: JobRequest, params: SamplingParams
-) -> tuple[EngineRequest, ...]:
-    """One engine request a prompt; ids carry the lease token, for two attempts may meet in one engine."""
+def engine_requests(run: _Run) -> tuple[EngineRequest, ...]:
+    """One for each missing item; ids carry the lease token, for two attempts may meet in one engine."""
+    prompts = run.request.prompts
     return tuple(
-        EngineRequest(f"{id}/{token}/{index}", prompt.token_ids, params, prompt.text)
-        for index, prompt in enumerate(request.prompts)
+        EngineRequest(
+            f"{run.delivery.id}/{run.token}/{index}",
+            prompts[index].token_ids,
+            run.params,
+            prompts[index].text,
+        )
+        for index in run.items.missing
     )
 
 
@@ -305,11 +387,3 @@ def _as_failure(refusal: InvalidRequestError | EngineRefused) -> Failure:
     if isinstance(refusal, EngineRefused):
         return refusal.failure
     return Failure(reason=refusal.reason, message=str(refusal), retryable=False)
-
-
-def _settlement(outputs: tuple[RequestOutput, ...]) -> Settlement:
-    broken = next((output for output in outputs if output.error is not None), None)
-    if broken is not None:
-        failure = Failure(reason="generation_failed", message=str(broken.error), retryable=False)
-        return Settlement(JobState.FAILED, failure=failure)
-    return Settlement(JobState.COMPLETED, result=job_result(outputs))

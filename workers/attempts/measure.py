@@ -13,8 +13,9 @@ from jobs.model import PRIORITIES, Failure
 from jobs.states import JobState
 from jobs.store import Claim, RenewOutcome, Settlement, SettleOutcome
 from telemetry import metrics, names
+from workers.attempts.result import failure_of
 from workers.delivery import Delivery
-from workers.engines.protocol import StepTally
+from workers.engines.protocol import Outcome, Refused, StepTally
 
 Attributes = Mapping[str, str]
 
@@ -56,11 +57,14 @@ class WorkerMetrics:
         self._count_lost(delivery, claim)
         self._count_attempt(delivery, claim.outcome.value)
 
-    def generated(self, delivery: Delivery, outputs: tuple[RequestOutput, ...]) -> None:
+    def generated(self, delivery: Delivery, outcomes: Iterable[Outcome]) -> None:
         """Once for each prompt, whatever becomes of its result: the tokens were made."""
-        for output in outputs:
-            self._count_tokens(output)
-            self._record_times(delivery, output)
+        for outcome in outcomes:
+            if isinstance(outcome, Refused):
+                self._record_error(delivery, time.monotonic(), outcome.reason)
+                continue
+            self._count_tokens(outcome)
+            self._record_times(delivery, outcome)
 
     def settled(self, delivery: Delivery, settlement: Settlement, outcome: SettleOutcome) -> None:
         if outcome not in (SettleOutcome.SETTLED, SettleOutcome.CANCELLED):
@@ -69,9 +73,9 @@ class WorkerMetrics:
         state = JobState.CANCELLED if outcome is SettleOutcome.CANCELLED else settlement.state
         reason = settlement.failure.reason if state is JobState.FAILED and settlement.failure else None
         self._count_attempt(delivery, state.value, reason)
-        if settlement.timings is None and state in (JobState.FAILED, JobState.EXPIRED):
-            attributes = self._served(delivery) | {names.ERROR_TYPE: reason or state.value}
-            self._request_duration.record(_since_publishing(delivery, time.monotonic()), attributes)
+        has_generated = settlement.timings is not None or settlement.result is not None
+        if not has_generated and state in (JobState.FAILED, JobState.EXPIRED):
+            self._record_error(delivery, time.monotonic(), reason or state.value)
 
     def given_back(self, delivery: Delivery, failure: Failure) -> None:
         self._count_attempt(delivery, "given_back", failure.reason)
@@ -124,10 +128,10 @@ class WorkerMetrics:
 
     def _record_times(self, delivery: Delivery, output: RequestOutput) -> None:
         served, phases = self._served(delivery), output.phases
-        duration = _since_publishing(delivery, phases.finished_at, phases.arrived_at)
-        if output.error is not None:
-            self._request_duration.record(duration, served | {names.ERROR_TYPE: "generation_failed"})
+        if (failure := failure_of(output)) is not None:
+            self._record_error(delivery, phases.finished_at, failure.reason)
             return
+        duration = _since_publishing(delivery, phases.finished_at, phases.arrived_at)
         self._request_duration.record(duration, served)
         if phases.first_token_at is None:
             return
@@ -138,6 +142,10 @@ class WorkerMetrics:
         if num_later_tokens > 0:
             seconds = phases.finished_at - phases.first_token_at
             self._time_per_output_token.record(seconds / num_later_tokens, served)
+
+    def _record_error(self, delivery: Delivery, at: float, reason: str) -> None:
+        attributes = self._served(delivery) | {names.ERROR_TYPE: reason}
+        self._request_duration.record(_since_publishing(delivery, at), attributes)
 
     def _served(self, delivery: Delivery) -> dict[str, str]:
         return self._generation | {metrics.PRIORITY: _priority(delivery.queue)}

@@ -22,7 +22,9 @@ from jobs.store import Claim, ClaimOutcome, Settlement, SettleOutcome
 from telemetry import spans
 from telemetry.generation import GenerationRecord, Phase, generation, generation_apart
 from workers.attempts.measure import SILENT, WorkerMetrics
+from workers.attempts.result import failure_of
 from workers.delivery import Delivery
+from workers.engines.protocol import Outcome, Refused
 from workers.engines.steps import TracedRequest
 from workers.settings import DEFAULT_ITEM_SPANS
 
@@ -122,7 +124,7 @@ class AttemptObserver:
         self.metrics.dropped(delivery, claim)
         outcome = claim.outcome
         state = claim.ended_as or _DROPPED_AS.get(outcome)
-        error = "worker_lost" if outcome is ClaimOutcome.EXHAUSTED else None
+        error = "worker_lost" if state is JobState.FAILED and outcome is ClaimOutcome.EXHAUSTED else None
         spans.mark_outcome(state.value if state else outcome.value, error_type=error)
         logger.info("message dropped: %s", outcome.value)
 
@@ -131,27 +133,31 @@ class AttemptObserver:
         delivery: Delivery,
         request: JobRequest,
         params: SamplingParams,
-        outputs: tuple[RequestOutput, ...],
+        outcomes: Mapping[int, Outcome],
         hand_over: HandOver,
         traced: Mapping[str, TracedRequest] = MappingProxyType({}),
     ) -> None:
-        """`traced` is the generation's; it links each prefill to the drawn step that admitted its request."""
-        self.metrics.generated(delivery, outputs)
+        """Of the prompts that this attempt ran, by their place in the request.
+
+        `traced` is the generation's; it links each prefill to the drawn step that admitted its request.
+        """
+        self.metrics.generated(delivery, outcomes.values())
         current = otel_context.get_current()
         wall_ns = spans.wall_clock()
-        last_ns = wall_ns(max(output.phases.finished_at for output in outputs))
+        ends = [o.phases.finished_at for o in outcomes.values() if isinstance(o, RequestOutput)]
+        last_ns = wall_ns(max(ends)) if ends else hand_over.received_at_ns
         spans.receive_output(
             current, job_id=delivery.id, started_at_ns=last_ns, ended_at_ns=hand_over.received_at_ns
         )
-        for index, (output, prompt) in enumerate(zip(outputs, request.prompts, strict=True)):
-            record = self._record(
-                delivery,
-                params,
-                output,
-                prompt.text if self.captures_content else None,
-                _engine_times(output.phases, hand_over.asked_at_ns, wall_ns, traced.get(output.request_id)),
-            )
-            if len(outputs) > 1:
+        for index, outcome in sorted(outcomes.items()):
+            prompt = request.prompts[index].text if self.captures_content else None
+            if isinstance(outcome, RequestOutput):
+                step = traced.get(outcome.request_id)
+                times = _engine_times(outcome.phases, hand_over.asked_at_ns, wall_ns, step)
+                record = self._record(delivery, params, outcome, prompt, times)
+            else:
+                record = self._refused_record(delivery, params, outcome, hand_over)
+            if len(request.prompts) > 1:
                 record = replace(record, item_index=index)
             if index < self.max_item_spans:
                 generation(
@@ -257,14 +263,15 @@ class AttemptObserver:
         prompt: str | None,
         times: _EngineTimes,
     ) -> GenerationRecord:
-        phases = output.phases
+        phases, failure = output.phases, failure_of(output)
+        reasons = (completion.finish_reason for completion in output.completions)
         return GenerationRecord(
             model=self.model,
             response_id=f"cmpl-{delivery.id}",
             job_id=delivery.id,
             started_at_ns=times.started_at_ns,
             ended_at_ns=times.ended_at_ns,
-            finish_reasons=tuple(completion.finish_reason for completion in output.completions),
+            finish_reasons=("error",) * params.n if failure else tuple(reasons),
             input_tokens=output.usage.prompt_tokens,
             output_tokens=output.usage.completion_tokens,
             cached_tokens=output.usage.cached_tokens,
@@ -286,9 +293,26 @@ class AttemptObserver:
             num_preemptions=phases.num_preemptions,
             num_proposed_tokens=phases.num_proposed_tokens,
             num_accepted_tokens=phases.num_accepted_tokens,
-            error_type="generation_failed" if output.error else None,
+            error_type=failure.reason if failure else None,
             prompts=(prompt,) if prompt is not None else (),
             outputs=tuple(c.text for c in output.completions) if self.captures_content else (),
+        )
+
+    def _refused_record(
+        self, delivery: Delivery, params: SamplingParams, refusal: Refused, hand_over: HandOver
+    ) -> GenerationRecord:
+        """The engine stamps nothing of what it does not take."""
+        return GenerationRecord(
+            model=self.model,
+            response_id=f"cmpl-{delivery.id}",
+            job_id=delivery.id,
+            started_at_ns=hand_over.asked_at_ns,
+            ended_at_ns=hand_over.received_at_ns,
+            finish_reasons=("error",) * params.n,
+            input_tokens=0,
+            output_tokens=0,
+            choice_count=params.n,
+            error_type=refusal.reason,
         )
 
 

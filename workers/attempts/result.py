@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.outputs import Completion, Logprobs, RequestOutput
+from engine.outputs import Completion, Logprobs, RequestFailure, RequestOutput
 from engine.outputs import PromptLogprob as TokenScore
 from engine.stats import PhaseName, RequestPhases
-from jobs.model import Choice, ItemResult, JobResult, PromptLogprob, Timings, TokenLogprobs, Usage
+from jobs.model import Choice, Failure, ItemResult, PromptLogprob, Timings, TokenLogprobs, Usage
+from workers.engines.protocol import Outcome, Refused
 
 LOWEST_LOGPROB = -9999.0
 """What minus infinity is told as; JSON has no word for it. OpenAI's and vLLM's value."""
@@ -24,16 +26,36 @@ class AttemptStamps:
     """When the result goes to the store: later than that cannot be stored with it."""
 
 
-def job_result(outputs: tuple[RequestOutput, ...]) -> JobResult:
-    return JobResult(items=tuple(_item(output) for output in outputs))
-
-
-def _item(output: RequestOutput) -> ItemResult:
+def item_result(outcome: Outcome) -> ItemResult:
+    """The choices of one prompt, or its failure; what a failed one had generated is counted and dropped."""
+    failure = failure_of(outcome)
+    if isinstance(outcome, Refused):
+        return ItemResult(failure=failure)
     usage = Usage(
-        prompt_tokens=output.usage.prompt_tokens,
-        completion_tokens=output.usage.completion_tokens,
-        cached_tokens=output.usage.cached_tokens,
+        prompt_tokens=outcome.usage.prompt_tokens,
+        completion_tokens=outcome.usage.completion_tokens,
+        cached_tokens=outcome.usage.cached_tokens,
     )
+    return ItemResult(usage=usage, failure=failure) if failure else _completed(outcome, usage)
+
+
+def failure_of(outcome: Outcome) -> Failure | None:
+    """Why the engine, which lives, did not do the request."""
+    match outcome:
+        case Refused(reason=reason, message=message):
+            return Failure(reason=reason, message=message, retryable=False)
+        case RequestOutput(failure=RequestFailure(reason, message, retryable)):
+            return Failure(reason=reason, message=message, retryable=retryable)
+        case RequestOutput(completions=completions):
+            return _ABORTED if any(each.finish_reason == "abort" for each in completions) else None
+
+
+_ABORTED = Failure(
+    reason="aborted", message="the engine was told to end the request before it was done", retryable=True
+)
+
+
+def _completed(output: RequestOutput, usage: Usage) -> ItemResult:
     return ItemResult(
         choices=tuple(map(_choice, output.completions)),
         usage=usage,
@@ -55,8 +77,7 @@ def _place(tokens: dict[int, TokenScore] | None) -> dict[int, PromptLogprob] | N
 
 
 def _choice(completion: Completion) -> Choice:
-    if completion.finish_reason == "abort":
-        raise ValueError("an aborted completion has no place in a result")
+    assert completion.finish_reason != "abort", "its request has failed"
     return Choice(
         index=completion.index,
         text=completion.text,
@@ -82,12 +103,14 @@ def _finite(logprob: float | None) -> float | None:
     return None if logprob is None else max(logprob, LOWEST_LOGPROB)
 
 
-def job_timings(outputs: tuple[RequestOutput, ...], stamps: AttemptStamps) -> Timings:
+def job_timings(outputs: Sequence[RequestOutput], stamps: AttemptStamps) -> Timings | None:
     """Queue, engine wait, prefill, decode and store add up to the total.
 
     The engine's share is read from the request that finished last, for the job ended with it. What the
-    hand-over between worker and engine took counts as engine wait.
+    hand-over between worker and engine took counts as engine wait. None where nothing ran.
     """
+    if not outputs:
+        return None
     last = max(outputs, key=lambda output: output.phases.finished_at).phases
     queue = max(0.0, stamps.claimed_at - stamps.queued_at)
     inside = max(0.0, stamps.generated_at - stamps.claimed_at)

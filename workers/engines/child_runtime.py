@@ -83,7 +83,7 @@ class ChildRuntime:
         self._wait_until_up()
         if not generation.future.done() and not self._send(Add(requests)):
             self._steps.leave(generation.request_ids)
-            self._table.fail(requests[0].id, EngineLost("engine_crashed", "the engine is being restarted"))
+            self._table.fail(generation, EngineLost("engine_crashed", "the engine is being restarted"))
         return generation
 
     def abort(self, generation: Generation) -> None:
@@ -154,9 +154,7 @@ class ChildRuntime:
             self._deaths_in_a_row = 0
             self._table.take(output)
         for refusal in event.refused:
-            failed = self._table.refuse(refusal)
-            if failed is not None and len(failed.request_ids) > 1:
-                self._send(Abort(failed.request_ids))
+            self._table.take(refusal)
         if event.tally is not None:  # last: a dozen steps' metrics must not keep an output from its thread
             self._on_steps(event.tally)
 

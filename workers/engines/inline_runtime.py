@@ -92,4 +92,4 @@ class InlineRuntime:
             for output in event.finished:
                 self._table.take(output)
             for refusal in event.refused:
-                self._table.refuse(refusal)
+                self._table.take(refusal)

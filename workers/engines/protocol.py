@@ -92,11 +92,15 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The engine would not take a request."""
+    """The engine would not take a request, and never will."""
 
-    id: str
+    request_id: str
     reason: str
     message: str
+
+
+Outcome = RequestOutput | Refused
+"""What became of one request in an engine that lives."""
 
 
 @dataclass(frozen=True, slots=True)

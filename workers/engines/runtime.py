@@ -16,11 +16,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from engine.outputs import RequestOutput
 from engine.stats import StepStats
-from workers.engines.protocol import EngineRequest, ModelFacts, Refused
+from workers.engines.protocol import EngineRequest, ModelFacts, Outcome
 from workers.engines.steps import TracedRequest
-from workers.errors import EngineRefused
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +26,12 @@ class Generation:
     """One job's requests inside the engine."""
 
     request_ids: tuple[str, ...]
-    future: Future[tuple[RequestOutput, ...]]
-    """Outputs in the order of the requests; fails with EngineLost or EngineRefused."""
+    future: Future[tuple[Outcome, ...]]
+    """Outcomes in the order of the requests; fails with EngineLost."""
     traced: Mapping[str, TracedRequest] = field(default_factory=dict)
     """By request, where steps are traced; whole once the future is resolved."""
+    ended: list[Outcome] = field(default_factory=list)
+    """The outcomes so far, in the order in which they came. Only appended to, and by one thread."""
 
 
 class Runtime(Protocol):
@@ -68,8 +68,8 @@ class GenerationTable:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._generations: dict[str, Generation] = {}
-        self._outputs: dict[str, RequestOutput] = {}
-        self._num_missing: dict[Future[tuple[RequestOutput, ...]], int] = {}
+        self._outcomes: dict[str, Outcome] = {}
+        self._num_missing: dict[Future[tuple[Outcome, ...]], int] = {}
 
     def add(self, requests: tuple[EngineRequest, ...], traced: Mapping[str, TracedRequest]) -> Generation:
         generation = Generation(tuple(request.id for request in requests), Future(), traced)
@@ -78,39 +78,31 @@ class GenerationTable:
             self._num_missing[generation.future] = len(requests)
         return generation
 
-    def take(self, output: RequestOutput) -> None:
-        """Resolve the generation when this was its last missing output."""
+    def take(self, outcome: Outcome) -> None:
+        """Resolve the generation when this was its last missing outcome."""
         with self._lock:
-            generation = self._generations.get(output.request_id)
-            if generation is None:
+            generation = self._generations.get(outcome.request_id)
+            if generation is None or outcome.request_id in self._outcomes:
                 return
             # Counted, not looked for: a job may have ten thousand prompts.
-            self._num_missing[generation.future] -= output.request_id not in self._outputs
-            self._outputs[output.request_id] = output
+            self._num_missing[generation.future] -= 1
+            self._outcomes[outcome.request_id] = outcome
+            generation.ended.append(outcome)
             if self._num_missing[generation.future]:
                 return
-            outputs = tuple(self._outputs[id] for id in generation.request_ids)
+            outcomes = tuple(self._outcomes[id] for id in generation.request_ids)
             self._drop(generation)
-        _succeed(generation.future, outputs)
+        _succeed(generation.future, outcomes)
 
-    def fail(self, request_id: str, error: Exception) -> Generation | None:
-        """Fail the generation that this request belongs to; returned so that its others can be aborted."""
-        with self._lock:
-            generation = self._generations.get(request_id)
-            if generation is None:
-                return None
-            self._drop(generation)
+    def fail(self, generation: Generation, error: Exception) -> None:
+        self.forget(generation)
         _fail(generation.future, error)
-        return generation
 
-    def refuse(self, refusal: Refused) -> Generation | None:
-        return self.fail(refusal.id, EngineRefused(refusal.reason, refusal.message))
-
-    def fail_all(self, error: Exception) -> None:
+    def fail_all(self, error: BaseException) -> None:
         with self._lock:
             generations = {g.request_ids: g for g in self._generations.values()}.values()
             self._generations.clear()
-            self._outputs.clear()
+            self._outcomes.clear()
             self._num_missing.clear()
         for generation in generations:
             _fail(generation.future, error)
@@ -126,14 +118,14 @@ class GenerationTable:
         self._num_missing.pop(generation.future, None)
         for id in generation.request_ids:
             self._generations.pop(id, None)
-            self._outputs.pop(id, None)
+            self._outcomes.pop(id, None)
 
 
-def _succeed(future: Future[tuple[RequestOutput, ...]], outputs: tuple[RequestOutput, ...]) -> None:
+def _succeed(future: Future[tuple[Outcome, ...]], outcomes: tuple[Outcome, ...]) -> None:
     with suppress(InvalidStateError):  # ended early by a cancel, a time limit or a shutdown
-        future.set_result(outputs)
+        future.set_result(outcomes)
 
 
-def _fail(future: Future[tuple[RequestOutput, ...]], error: Exception) -> None:
+def _fail(future: Future[tuple[Outcome, ...]], error: BaseException) -> None:
     with suppress(InvalidStateError):  # as above
         future.set_exception(error)

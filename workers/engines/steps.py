@@ -71,7 +71,7 @@ class StepTracer:
         except Exception:  # a provider of somebody else's; the futures that wait for this thread must resolve
             logger.exception("engine steps were not drawn")
         self.leave(output.request_id for output in progress.finished)
-        self.leave(refusal.id for refusal in progress.refused)
+        self.leave(refusal.request_id for refusal in progress.refused)
 
     def leave(self, request_ids: Iterable[str]) -> None:
         with self._lock:

@@ -199,7 +199,7 @@ def test_soak_counts_the_tokens_of_each_request(soaked: Soak) -> None:
         num_shown = sum(len(completion.token_ids) for completion in output.completions)
         usage = output.usage
 
-        assert output.error is None
+        assert output.failure is None
         assert usage.prompt_tokens == len(prompt)
         assert usage.cached_tokens % 8 == 0
         assert usage.cached_tokens < len(prompt)

@@ -38,7 +38,7 @@ def follow(kind: Any, text: str, **fields: Any) -> SamplingParams:
 
 def completions(engine: Engine, params: SamplingParams) -> tuple[Completion, ...]:
     output = generate(engine, {"r": (PROMPT, params)}).outputs["r"]
-    assert output.error is None
+    assert output.failure is None
     return output.completions
 
 

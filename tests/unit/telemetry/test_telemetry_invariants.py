@@ -125,7 +125,7 @@ def test_invariants_hold_for_a_job_with_an_item_in_a_trace_of_its_own() -> None:
         ([ITEM, with_attributes(APART, job__id="job-2")], "an item apart links to its job"),
         ([ITEM, replace(APART, attributes=GENERATION)], "and is no item of a job"),
         ([APART], "items are 0..n-1"),
-        ([ITEM, with_attributes(APART, throughline__item__index=0)], "items are 0..n-1"),
+        ([ITEM, with_attributes(APART, throughline__item__index=0)], "an item is generated once"),
         ([ITEM], "usage adds up to the reply's"),
     ],
 )

@@ -9,7 +9,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
-from engine.outputs import Completion, RequestOutput, Usage
+from engine.outputs import Completion, RequestFailure, RequestOutput, Usage
 from engine.stats import RequestPhases, StepStats
 from jobs.memory_store import MemoryStore
 from jobs.model import Failure, JobId, WorkerId, new_lease_token
@@ -68,7 +68,9 @@ def delivery(*, published_seconds_ago: float = 10.0) -> Delivery:
     return Delivery(JobId("job_1"), QUEUE, published, False, Context())
 
 
-def output(*, num_tokens: int = 5, error: str | None = None, has_first: bool = True) -> RequestOutput:
+def output(
+    *, num_tokens: int = 5, failure: RequestFailure | None = None, has_first: bool = True
+) -> RequestOutput:
     """Arrived 4 s ago, first token 2 s after, last one now; two sequences, the second of one token."""
     now = time.monotonic()
     phases = RequestPhases(now - 4, now - 2 if has_first else None, now, (), 0, 5, 1.0, 1)
@@ -76,7 +78,7 @@ def output(*, num_tokens: int = 5, error: str | None = None, has_first: bool = T
         Completion(index, "secret", tuple(range(length)), "length", None, None, None)
         for index, length in enumerate((num_tokens, 1))
     )
-    return RequestOutput("r", completions, Usage(7, num_tokens + 1, 3), phases, error)
+    return RequestOutput("r", completions, Usage(7, num_tokens + 1, 3), phases, failure)
 
 
 def test_generation_is_timed_from_its_publishing(bench: Bench) -> None:
@@ -112,10 +114,12 @@ def test_tokens_are_counted_once_for_each_prompt(bench: Bench) -> None:
 
 
 def test_failed_generation_has_a_duration_with_its_error_and_no_other_time(bench: Bench) -> None:
-    bench.metrics.generated(delivery(), (output(error="the engine said no"),))
+    bench.metrics.generated(
+        delivery(), (output(failure=RequestFailure("structure_failed", "no", retryable=False)),)
+    )
 
     (duration,) = bench.points(metrics.REQUEST_DURATION)
-    assert duration.attributes["error.type"] == "generation_failed"
+    assert duration.attributes["error.type"] == "structure_failed"
     assert bench.points(metrics.TIME_TO_FIRST_TOKEN) == []
 
 

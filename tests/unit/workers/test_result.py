@@ -7,8 +7,8 @@ import pytest
 
 from engine.outputs import Completion, Logprobs, PromptLogprob, RequestOutput, Usage
 from engine.stats import PhaseInterval, RequestPhases
-from jobs.model import JobResult
-from workers.attempts.result import LOWEST_LOGPROB, AttemptStamps, job_result, job_timings
+from jobs.model import ItemResult
+from workers.attempts.result import LOWEST_LOGPROB, AttemptStamps, item_result, job_timings
 
 
 def output(
@@ -32,6 +32,7 @@ def test_timings_add_up_when_a_request_was_preempted() -> None:
 
     timings = job_timings((output(preempted=True),), stamps)
 
+    assert timings is not None
     assert timings.queue_ms == 5000
     assert timings.prefill_ms == 3000
     assert timings.decode_ms == 5000
@@ -63,9 +64,9 @@ def test_impossible_tokens_survive_storage() -> None:
     """JSON has no minus infinity; what is stored must read back."""
     logprobs = Logprobs(("a", "b"), (None, -math.inf), (None, {"b": -math.inf, "c": -0.5}), (0, 1))
 
-    stored = job_result((output(logprobs=logprobs),)).model_dump_json(exclude_none=True)
+    stored = item_result(output(logprobs=logprobs)).model_dump_json(exclude_none=True)
 
-    read = JobResult.model_validate_json(stored).items[0].choices[0].logprobs
+    read = ItemResult.model_validate_json(stored).choices[0].logprobs
     assert read is not None
     assert read.token_logprobs == (None, LOWEST_LOGPROB)
     assert read.top_logprobs == (None, {"b": LOWEST_LOGPROB, "c": -0.5})
@@ -74,9 +75,9 @@ def test_impossible_tokens_survive_storage() -> None:
 def test_prompt_logprobs_survive_storage() -> None:
     places = (None, {7: PromptLogprob(-math.inf, 9, " x"), 3: PromptLogprob(-0.5, 1, "y")})
 
-    stored = job_result((replace(output(), prompt_logprobs=places),)).model_dump_json(exclude_none=True)
+    stored = item_result(replace(output(), prompt_logprobs=places)).model_dump_json(exclude_none=True)
 
-    read = JobResult.model_validate_json(stored).items[0].prompt_logprobs
+    read = ItemResult.model_validate_json(stored).prompt_logprobs
     assert read is not None
     assert read[0] is None
     assert read[1] is not None
