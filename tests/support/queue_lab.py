@@ -15,10 +15,11 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import redis
@@ -121,16 +122,25 @@ class QueueLab:
         *,
         num_prompts: int = 1,
         prompt_length: int = 10,
+        lengths: Mapping[int, int] = MappingProxyType({}),
         first_token: int = 5,
         expires_in: float | None = None,
         publish: bool = True,
         max_attempts: int = 3,
         **sampling: Any,
     ) -> JobId:
-        """Store and publish a job, as the API does; its prompts differ in their first token."""
+        """Store and publish a job, as the API does; its prompts differ in their first token.
+
+        `lengths` are those of single prompts, by their place, where they differ from `prompt_length`.
+        """
         now = time.time()
         prompts = tuple(
-            Prompt(token_ids=(first_token + i % 200, *(20 + k % 50 for k in range(prompt_length - 1))))
+            Prompt(
+                token_ids=(
+                    first_token + i % 200,
+                    *(20 + k % 50 for k in range(lengths.get(i, prompt_length) - 1)),
+                )
+            )
             for i in range(num_prompts)
         )
         given = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True, **sampling}
