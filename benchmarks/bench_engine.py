@@ -31,7 +31,7 @@ from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from cuda_ops.native import KernelChoice, use_kernels
-from engine.config import EngineConfig
+from engine.config import Dtype, EngineConfig, Kernels
 from engine.core import Engine
 from engine.sampling import SamplingParams
 
@@ -141,27 +141,33 @@ def _check_lengths(name: str, outputs: list[list[int]], requests: list[BenchRequ
 
 
 def _contestants(arguments: argparse.Namespace) -> dict[str, Contestant]:
-    engine = Engine.from_config(
-        EngineConfig(
-            model=str(arguments.model),
-            dtype=arguments.dtype,
-            num_threads=arguments.threads,
-            max_num_sequences=arguments.max_num_sequences,
-            max_num_batched_tokens=arguments.max_num_batched_tokens,
-            # The rounds' prompts are the same: remembered ones would cost nothing from the second round on.
-            keeps_prefixes=False,
-        )
-    )
     model = transformers.AutoModelForCausalLM.from_pretrained(
         arguments.model, dtype=getattr(torch, arguments.dtype)
     ).eval()
     contestants: dict[str, Contestant] = {
-        "engine": lambda requests: run_engine(engine, requests, "auto"),
-        "engine, plain-torch ops": lambda requests: run_engine(engine, requests, "reference"),
+        "engine": _engine(arguments, arguments.dtype, "auto"),
+        "engine, int8": _engine(arguments, "int8", "auto"),
+        "engine, plain-torch ops": _engine(arguments, arguments.dtype, "reference"),
     }
     for batch_size in arguments.batch_sizes:
         contestants[f"transformers, batches of {batch_size}"] = _padded(model, batch_size)
     return contestants
+
+
+def _engine(arguments: argparse.Namespace, dtype: Dtype, kernels: Kernels) -> Contestant:
+    engine = Engine.from_config(
+        EngineConfig(
+            model=str(arguments.model),
+            dtype=dtype,
+            num_threads=arguments.threads,
+            max_num_sequences=arguments.max_num_sequences,
+            max_num_batched_tokens=arguments.max_num_batched_tokens,
+            kernels=kernels,
+            # The rounds' prompts are the same: remembered ones would cost nothing from the second round on.
+            keeps_prefixes=False,
+        )
+    )
+    return lambda requests: run_engine(engine, requests, kernels)
 
 
 def run_engine(engine: Engine, requests: list[BenchRequest], kernels: KernelChoice) -> list[list[int]]:

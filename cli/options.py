@@ -179,7 +179,9 @@ def engine_options(command: Command) -> Command:
             "stood before: faster for text that repeats itself, the same tokens for all.  [default: 0]",
         ),
         click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where the model runs."),
-        click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Type of the weights."),
+        click.option(
+            "--dtype", type=click.Choice(["float32", "bfloat16", "int8"]), help="Type of the weights."
+        ),
     ):
         command = option(command)
     return command

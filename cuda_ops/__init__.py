@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cuda_ops.activation import silu_and_mul
 from cuda_ops.attention import paged_attention_decode, paged_attention_prefill
+from cuda_ops.dense import linear
 from cuda_ops.kv_cache import write_kv
 from cuda_ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from cuda_ops.rotary import rotary_embedding
@@ -13,6 +14,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "layer_norm",
+    "linear",
     "paged_attention_decode",
     "paged_attention_prefill",
     "rms_norm",

@@ -36,6 +36,11 @@ class KernelsInUse:
     level: str | None
     reason: str = ""
 
+    @property
+    def has_fast_linear(self) -> bool:
+        """Whether `linear` beats torch's own products; without wide registers it does not."""
+        return self.level is not None and self.level != "baseline"
+
 
 def use_kernels(choice: KernelChoice, level: str | None = None) -> KernelsInUse:
     """Take this implementation for all ops on the CPU, until the next call; not while an op runs.

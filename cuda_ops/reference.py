@@ -215,3 +215,26 @@ def _causal_mask(
     if sliding_window is not None:
         visible &= key_position > query_position - sliding_window
     return visible
+
+
+def linear(
+    x: Tensor,
+    panels: Tensor,
+    scales: Tensor | None,
+    sums: Tensor | None,
+    bias: Tensor | None,
+    num_outputs: int,
+    gives_float32: bool,
+) -> Tensor:
+    weight = panels.transpose(1, 2).flatten(0, 1).flatten(1)[:num_outputs, : x.shape[1]]
+    exact = None if bias is None else bias.float()
+    product = _int8_product(x, weight, scales) if scales is not None else x.float() @ weight.float().T
+    summed = product if exact is None else product + exact
+    return summed if gives_float32 else summed.to(x.dtype)
+
+
+def _int8_product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    rows = x.float()
+    largest = rows.abs().amax(dim=1, keepdim=True) if x.shape[1] else rows.new_zeros(x.shape[0], 1)
+    values = torch.round(rows * (127 / largest).masked_fill(largest == 0, 0))
+    return (values @ weight.float().T) * (scales * (largest / 127))

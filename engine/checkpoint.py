@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 from zipfile import is_zipfile
 
 import torch
@@ -26,6 +26,9 @@ from torch import Tensor
 
 from engine.errors import ModelLoadError
 from engine.model_config import ConfigFields
+
+WeightLayout = Literal["dense", "packed", "int8"]
+"""Of dense layers: as in the file, in panels for the CPU's kernels, or that and rounded to int8."""
 
 _FLOAT_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -79,19 +82,35 @@ class _Entry:
 class Checkpoint:
     """The tensors of one model, cast to one dtype and moved to one device as they are taken.
 
-    Every tensor is taken at most once; `finish` tells which were never asked for.
+    Every tensor is taken at most once; `finish` tells which were never asked for. `layout` is what layers are
+    to make of the weights they took.
     """
 
     def __init__(
-        self, entries: Mapping[str, _Entry], source: str, *, dtype: torch.dtype, device: torch.device
+        self,
+        entries: Mapping[str, _Entry],
+        source: str,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        layout: WeightLayout,
     ) -> None:
         self._entries = dict(entries)
         self._source = source
         self.dtype = dtype
         self.device = device
+        self.layout = layout
 
     @classmethod
-    def open(cls, folder: Path, *, name_prefix: str, dtype: torch.dtype, device: torch.device) -> Checkpoint:
+    def open(
+        cls,
+        folder: Path,
+        *,
+        name_prefix: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        layout: WeightLayout = "dense",
+    ) -> Checkpoint:
         """Find the folder's tensors.
 
         Args:
@@ -99,6 +118,7 @@ class Checkpoint:
             name_prefix: cut off the names that have it; checkpoints of a bare decoder lack it.
             dtype: of every tensor taken.
             device: of every tensor taken.
+            layout: of dense layers.
 
         Raises:
             ModelLoadError: no checkpoint, a part is missing, or a file is broken.
@@ -108,7 +128,7 @@ class Checkpoint:
             for file in _find_files(folder)
             for name in file.names()
         }
-        return cls(entries, str(folder), dtype=dtype, device=device)
+        return cls(entries, str(folder), dtype=dtype, device=device, layout=layout)
 
     def has(self, name: str) -> bool:
         return name in self._entries

@@ -7,7 +7,8 @@ from typing import Literal, get_args
 
 from engine.errors import ConfigError
 
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "int8"]
+ActivationDtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda"]
 Kernels = Literal["auto", "native", "reference"]
 
@@ -18,6 +19,8 @@ class EngineConfig:
 
     Attributes:
         model: A folder in Hugging Face layout, or a hub name.
+        dtype: Of weights, activations and cache. `int8` rounds the weights of dense layers, each output on a
+            scale of its own, and keeps the rest in bfloat16; on the CPU only.
         block_size: Tokens per block of the KV cache.
         num_blocks: Blocks in the KV cache; `None` derives it from `kv_cache_bytes`.
         kv_cache_bytes: Upper bound for the cache when `num_blocks` is `None`. A model so small that every
@@ -53,6 +56,8 @@ class EngineConfig:
             raise ConfigError("model", self.model, "must be a folder or a hub name, and not empty")
         _check_choice("dtype", self.dtype, get_args(Dtype))
         _check_choice("device", self.device, get_args(Device))
+        if self.dtype == "int8" and self.device != "cpu":
+            raise ConfigError("dtype", self.dtype, f"needs the device cpu, not {self.device}")
         _check_choice("kernels", self.kernels, get_args(Kernels))
         for field in ("block_size", "kv_cache_bytes", "max_num_sequences", "max_num_batched_tokens"):
             _check_positive(field, getattr(self, field))
@@ -66,6 +71,11 @@ class EngineConfig:
                 self.max_num_batched_tokens,
                 f"must be at least max_num_sequences ({self.max_num_sequences}), one token for each",
             )
+
+    @property
+    def activation_dtype(self) -> ActivationDtype:
+        """Of all that is not the weight of a dense layer."""
+        return "bfloat16" if self.dtype == "int8" else self.dtype
 
 
 def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:

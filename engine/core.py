@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from cuda_ops.errors import KernelsUnavailableError
-from cuda_ops.native import use_kernels
+from cuda_ops.native import KernelsInUse, use_kernels
 from engine.admission import ModelInfo, check_request
 from engine.beam_progress import BeamProgress
 from engine.block_manager import BlockManager
+from engine.checkpoint import WeightLayout
 from engine.config import EngineConfig
 from engine.decoding import Decoding, Turn
 from engine.errors import ConfigError, EngineError, InvalidRequestError, InvariantError, StepError
@@ -117,11 +118,12 @@ class Engine:
             raise ConfigError("device", config.device, "needs a CUDA device that torch can use")
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        _choose_kernels(config, progress)
+        in_use = _choose_kernels(config, progress)
         loaded = load_model(
             config.model,
-            dtype=getattr(torch, config.dtype),
+            dtype=getattr(torch, config.activation_dtype),
             device=torch.device(config.device),
+            layout=_choose_layout(config, in_use),
             progress=progress,
         )
         return cls(loaded, config, observer=observer)
@@ -324,13 +326,20 @@ def _describe(loaded: LoadedModel, config: EngineConfig, shape: KVCacheShape) ->
     )
 
 
-def _choose_kernels(config: EngineConfig, progress: Callable[[str], None] | None) -> None:
+def _choose_kernels(config: EngineConfig, progress: Callable[[str], None] | None) -> KernelsInUse:
     try:
         in_use = use_kernels(config.kernels)
     except KernelsUnavailableError as error:
         raise ConfigError("kernels", config.kernels, f"cannot be had: {error}") from error
     if progress is not None and config.device == "cpu":
         progress(f"CPU kernels: {in_use.level or f'reference in plain torch ({in_use.reason})'}")
+    return in_use
+
+
+def _choose_layout(config: EngineConfig, in_use: KernelsInUse) -> WeightLayout:
+    if config.dtype == "int8":
+        return "int8"
+    return "packed" if config.device == "cpu" and in_use.has_fast_linear else "dense"
 
 
 def _cache_shape(model: ModelConfig, config: EngineConfig) -> KVCacheShape:
@@ -339,7 +348,7 @@ def _cache_shape(model: ModelConfig, config: EngineConfig) -> KVCacheShape:
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         block_size=config.block_size,
-        dtype=getattr(torch, config.dtype),
+        dtype=getattr(torch, config.activation_dtype),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cuda_ops.dense import PackedWeight
 from engine.batch import build_model_input
 from engine.kv_cache import KVCache
 from engine.models import CausalLM
@@ -42,25 +43,32 @@ class ModelRunner:
 
 def count_parameters(model: CausalLM) -> int:
     """Elements of the model's weights; tied ones count once, and so do those laid out a second time."""
-    tensors: dict[int, Tensor] = {}
-    _collect_tensors(model, tensors, set())
-    dense = {(tensor.data_ptr(), tensor.shape) for tensor in tensors.values() if not tensor.is_mkldnn}
-    packed = [tensor.shape for tensor in tensors.values() if tensor.is_mkldnn]
-    if model.config.tie_word_embeddings:
-        # A packed head is another layout of the embedding, which is there as well.
-        packed = [shape for shape in packed if shape[0] != model.config.vocab_size]
-    return sum(shape.numel() for shape in (*packed, *(shape for _, shape in dense)))
+    weights: dict[int, Tensor | PackedWeight] = {}
+    _collect_weights(model, weights, set())
+    dense, laid_out = set(), []
+    for weight in weights.values():
+        if isinstance(weight, PackedWeight):
+            laid_out.append(torch.Size((weight.num_outputs, weight.num_inputs)))
+        elif weight.is_mkldnn:
+            laid_out.append(weight.shape)
+        else:
+            dense.add((weight.data_ptr(), weight.shape))
+    vocab_size = model.config.vocab_size
+    if model.config.tie_word_embeddings and any(shape[0] == vocab_size for _, shape in dense):
+        # The head is another layout of the embedding, which is there as well.
+        laid_out = [shape for shape in laid_out if shape[0] != vocab_size]
+    return sum(shape.numel() for shape in (*laid_out, *(shape for _, shape in dense)))
 
 
-def _collect_tensors(part: object, tensors: dict[int, Tensor], seen: set[int]) -> None:
+def _collect_weights(part: object, weights: dict[int, Tensor | PackedWeight], seen: set[int]) -> None:
     if id(part) in seen:
         return
     seen.add(id(part))
-    if isinstance(part, Tensor):
-        tensors[id(part)] = part
+    if isinstance(part, Tensor | PackedWeight):
+        weights[id(part)] = part
         return
     for member in _members(part):
-        _collect_tensors(member, tensors, seen)
+        _collect_weights(member, weights, seen)
 
 
 def _members(part: object) -> Sequence[object]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import Checkpoint
+from engine.checkpoint import Checkpoint, WeightLayout
 from engine.hub import find_folder
 from engine.model_config import ConfigFields, ModelConfig
 from engine.models import CausalLM
@@ -45,6 +45,7 @@ def load_model(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    layout: WeightLayout = "dense",
     progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """Load a model in Hugging Face layout.
@@ -55,6 +56,7 @@ def load_model(
         name_or_path: a folder, or a hub name where there is no such folder.
         dtype: of weights and activations; checkpoints in float16, bfloat16 and float32 are converted.
         device: where the model will run.
+        layout: of the dense layers.
         progress: told in a few words what happens next.
 
     Raises:
@@ -68,7 +70,9 @@ def load_model(
     tokenizer = Tokenizer.from_folder(folder)
     _check_vocabulary(fields, tokenizer)
     report(f"loading the weights of {architecture}")
-    checkpoint = Checkpoint.open(folder, name_prefix=family.name_prefix, dtype=dtype, device=device)
+    checkpoint = Checkpoint.open(
+        folder, name_prefix=family.name_prefix, dtype=dtype, device=device, layout=layout
+    )
     model = family.load(fields, architecture, checkpoint)
     eos = _read_eos(folder) or model.config.eos_token_ids or tokenizer.eos_token_ids
     return LoadedModel(model, model.config, tokenizer, GenerationConfig(eos))

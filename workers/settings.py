@@ -25,7 +25,7 @@ class WorkerSettings(BaseSettings):
     """Folder or hub name; empty is the built-in model."""
     served_model_names: Annotated[tuple[str, ...], NoDecode] = ()
     """The first is canonical, the others are aliases. Empty takes the model's own name."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
     max_model_len: int | None = Field(default=None, ge=1)
     max_num_sequences: int = Field(default=64, ge=1, le=4096)

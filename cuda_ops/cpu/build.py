@@ -23,7 +23,16 @@ from pathlib import Path
 from typing import Final
 
 FOLDER: Final = Path(__file__).parent
-SOURCES: Final = ("kernels.h", "vector.h", "decode.h", "prefill.h", "rows.h", "level.cpp", "library.cpp")
+SOURCES: Final = (
+    "kernels.h",
+    "vector.h",
+    "decode.h",
+    "prefill.h",
+    "rows.h",
+    "linear.h",
+    "level.cpp",
+    "library.cpp",
+)
 TORCH_TARGET: Final = "0x020b000000000000"
 """2.11, the oldest torch that has all we call."""
 
@@ -32,9 +41,11 @@ _COMMON: Final = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextr
 # Two warnings that mean nothing here: vectors wider than the baseline's registers would be passed in another
 # way (none is, all is inlined), and GCC's own AVX-512 headers begin with a value that they never read.
 _LEVEL: Final = ("-O3", "-fno-math-errno", "-Wno-psabi", "-Wno-maybe-uninitialized")
+_V4: Final = ("-march=x86-64-v4", "-mprefer-vector-width=512")
 _LEVELS: Final[Mapping[str, Mapping[str, Sequence[str]]]] = {
     "x86_64": {
-        "x86_64_v4": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+        "x86_64_v4_bf16_vnni": (*_V4, "-mavx512bf16", "-mavx512vnni"),
+        "x86_64_v4": _V4,
         "x86_64_v3": ("-march=x86-64-v3",),
         "baseline": (),
     },

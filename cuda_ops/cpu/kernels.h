@@ -104,6 +104,32 @@ struct SoftmaxArguments {  // an item is a row
   int64_t size;
 };
 
+struct QuantiseArguments {  // an item is a row
+  const void* x;            // [num_rows, size]
+  int64_t x_stride;
+  uint8_t* values;          // [num_rows, stride], contiguous: value / scale + 128, and 128 after the last
+  float* scales;            // [num_rows]
+  int64_t size;
+  int64_t stride;
+};
+
+struct LinearArguments {  // an item is a panel of outputs for a block of rows; see linear.h
+  const void* x;          // [num_rows, 4 bytes * num_groups], zeros after the inputs
+  int64_t x_stride_bytes;
+  const void* weight;     // [num_panels, num_groups, 32 words]
+  const void* bias;       // [num_outputs]; null is 0
+  const float* x_scales;  // [num_rows], of int8 rows
+  const float* scales;    // [num_outputs], of an int8 weight
+  const int32_t* sums;    // [num_outputs], 128 times the sum of an int8 weight's row
+  void* out;              // [num_rows, num_outputs], contiguous
+  bool writes_float32;    // out is float32 whatever x is
+  int64_t num_rows;
+  int64_t num_outputs;
+  int64_t num_groups;
+  int64_t num_panels;
+  int64_t block_rows;
+};
+
 template <class Arguments>
 using Kernel = void (*)(const Arguments&, int64_t begin, int64_t end);
 
@@ -122,11 +148,15 @@ struct Kernels {
   ByType<RotaryArguments> rotary;
   ByType<GateArguments> silu_and_mul;
   ByType<SoftmaxArguments> softmax_at;
+  ByType<QuantiseArguments> quantise;
+  ByType<LinearArguments> linear;       // with a weight of the same type
+  ByType<LinearArguments> linear_int8;  // with a weight of int8 and rows that are quantised
 };
 
 // One translation unit each, compiled for its instructions.
 namespace baseline { extern const Kernels kernels; }
 namespace x86_64_v3 { extern const Kernels kernels; }
 namespace x86_64_v4 { extern const Kernels kernels; }
+namespace x86_64_v4_bf16_vnni { extern const Kernels kernels; }
 
 }  // namespace throughline

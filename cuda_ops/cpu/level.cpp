@@ -14,6 +14,7 @@ namespace {
 #include "decode.h"
 #include "prefill.h"
 #include "rows.h"
+#include "linear.h"
 
 }  // namespace
 
@@ -28,6 +29,9 @@ extern const Kernels kernels = {
     {rotary<float>, rotary<BFloat16>},
     {silu_and_mul<float>, silu_and_mul<BFloat16>},
     {softmax_at<float>, softmax_at<BFloat16>},
+    {quantise<float>, quantise<BFloat16>},
+    {linear<float, float>, linear<BFloat16, BFloat16>},
+    {linear<float, Int8>, linear<BFloat16, Int8>},
 };
 
 }  // namespace THROUGHLINE_LEVEL

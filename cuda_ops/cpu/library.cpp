@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -35,10 +36,14 @@ bool has_v4() {
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl");
 }
+bool has_v4_bf16_vnni() {
+  return has_v4() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
 #endif
 
 const Level kLevels[] = {  // best first
 #if defined(__x86_64__)
+    {"x86-64-v4-bf16-vnni", &x86_64_v4_bf16_vnni::kernels, has_v4_bf16_vnni},
     {"x86-64-v4", &x86_64_v4::kernels, has_v4},
     {"x86-64-v3", &x86_64_v3::kernels, has_v3},
 #endif
@@ -315,6 +320,96 @@ Tensor softmax_at(Tensor logits, Tensor temperatures) {
   return out;
 }
 
+// Rows as a kernel reads them: contiguous, and of whole words.
+struct WordRows {
+  Tensor memory;
+  const void* data;
+  int64_t stride_bytes;
+};
+
+int64_t size_of(ScalarType type) { return type == ScalarType::Float ? 4 : type == ScalarType::BFloat16 ? 2 : 1; }
+
+WordRows as_words(const Tensor& x, int64_t num_groups) {
+  const int64_t size = size_of(x.scalar_type()), row_bytes = x.size(1) * size;
+  if (row_bytes == 4 * num_groups) return {x, x.data_ptr(), x.stride(0) * size};
+  const Tensor padded = torch::stable::new_empty(x, {x.size(0), 4 * num_groups / size});
+  for (int64_t row = 0; row < x.size(0); ++row) {
+    char* to = static_cast<char*>(padded.data_ptr()) + row * 4 * num_groups;
+    std::memcpy(to, static_cast<const char*>(x.data_ptr()) + row * x.stride(0) * size, row_bytes);
+    std::memset(to + row_bytes, 0, 4 * num_groups - row_bytes);
+  }
+  return {padded, padded.data_ptr(), 4 * num_groups};
+}
+
+// The rows of a block stay in a core's cache while panel after panel passes.
+constexpr int64_t kBlockBytes = 512 * 1024;
+
+void check_panels(const char* op, const Tensor& panels, int64_t num_inputs, int64_t num_outputs) {
+  const int64_t inputs_a_group = 4 / size_of(panels.scalar_type());
+  check_contiguous(op, "panels", panels);
+  check_shape(op, "panels", panels,
+              {(num_outputs + 31) / 32, (num_inputs + inputs_a_group - 1) / inputs_a_group, 32, inputs_a_group});
+}
+
+// Quantised rows, which `arguments` then points to.
+WordRows quantise_rows(const Tensor& x, LinearArguments& arguments, Tensor& scales) {
+  const int64_t stride = 4 * arguments.num_groups;
+  const Tensor values = torch::stable::new_empty(x, {x.size(0), stride}, ScalarType::Byte);
+  const QuantiseArguments quantise{x.data_ptr(), x.stride(0), static_cast<uint8_t*>(values.data_ptr()),
+                                   static_cast<float*>(scales.data_ptr()), x.size(1), stride};
+  run(level_in_use->kernels->quantise, x.scalar_type(), quantise, x.size(0), x.numel());
+  arguments.x_scales = quantise.scales;
+  return {values, values.data_ptr(), stride};
+}
+
+Tensor linear(Tensor given, Tensor panels, std::optional<Tensor> scales, std::optional<Tensor> sums,
+              std::optional<Tensor> bias, int64_t num_outputs, bool gives_float32) {
+  const char* op = "linear";
+  const ScalarType type = type_of(op, given);
+  STD_TORCH_CHECK(given.dim() == 2 && num_outputs >= 0, op, ": x must have two axes");
+  const bool is_int8 = scales.has_value();
+  check_type(op, "panels", panels, is_int8 ? ScalarType::Char : type);
+  check_panels(op, panels, given.size(1), num_outputs);
+  const Tensor x = given.stride(1) == 1 || given.size(1) <= 1 ? given : torch::stable::contiguous(given);
+  const ScalarType out_type = gives_float32 ? ScalarType::Float : type;
+  const Tensor out = torch::stable::new_empty(x, {x.size(0), num_outputs}, out_type);
+  LinearArguments arguments{};
+  arguments.weight = panels.data_ptr();
+  arguments.out = out.data_ptr();
+  arguments.writes_float32 = gives_float32;
+  arguments.num_rows = x.size(0);
+  arguments.num_outputs = num_outputs;
+  arguments.num_groups = panels.size(1);
+  arguments.num_panels = panels.size(0);
+  arguments.block_rows = std::max<int64_t>(16, kBlockBytes / std::max<int64_t>(1, 4 * arguments.num_groups));
+  if (bias) {
+    check_type(op, "bias", *bias, type);
+    check_shape(op, "bias", *bias, {num_outputs});
+    check_contiguous(op, "bias", *bias);
+    arguments.bias = bias->data_ptr();
+  }
+  Tensor row_scales = out;
+  if (is_int8) {
+    STD_TORCH_CHECK(sums.has_value(), op, ": an int8 weight needs scales and sums");
+    check_type(op, "scales", *scales, ScalarType::Float);
+    check_type(op, "sums", *sums, ScalarType::Int);
+    check_shape(op, "scales", *scales, {num_outputs});
+    check_shape(op, "sums", *sums, {num_outputs});
+    check_contiguous(op, "scales", *scales);
+    check_contiguous(op, "sums", *sums);
+    arguments.scales = static_cast<const float*>(scales->data_ptr());
+    arguments.sums = static_cast<const int32_t*>(sums->data_ptr());
+    row_scales = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Float);
+  }
+  const WordRows rows = is_int8 ? quantise_rows(x, arguments, row_scales) : as_words(x, arguments.num_groups);
+  arguments.x = rows.data;
+  arguments.x_stride_bytes = rows.stride_bytes;
+  const int64_t blocks = (arguments.num_rows + arguments.block_rows - 1) / arguments.block_rows;
+  const auto& kernels = is_int8 ? level_in_use->kernels->linear_int8 : level_in_use->kernels->linear;
+  run(kernels, type, arguments, blocks * arguments.num_panels, panels.numel() * arguments.num_rows);
+  return out;
+}
+
 std::unique_ptr<torch::stable::detail::StableLibrary> registration;
 
 void register_ops() {
@@ -330,6 +425,7 @@ void register_ops() {
   registration->impl("rotary_embedding", TORCH_BOX(&rotary_embedding));
   registration->impl("silu_and_mul", TORCH_BOX(&silu_and_mul));
   registration->impl("softmax_at", TORCH_BOX(&softmax_at));
+  registration->impl("linear", TORCH_BOX(&linear));
 }
 
 }  // namespace

@@ -22,6 +22,7 @@ from engine.checkpoint import Checkpoint
 from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import RotaryAngles
+from engine.layers.vocabulary import Vocabulary
 from engine.model_config import ConfigFields, ModelConfig
 from engine.models.llama import read_layer_types
 
@@ -202,17 +203,17 @@ class Gemma3:
     ) -> None:
         self.config = config
         self._angles = angles
-        self._tokens = checkpoint.take("embed_tokens.weight", config.vocab_size, config.hidden_size)
+        self._vocabulary = Vocabulary.load(
+            checkpoint,
+            "embed_tokens.weight",
+            config.vocab_size,
+            config.hidden_size,
+            is_tied=config.tie_word_embeddings,
+        )
         # Rounded to the model's dtype before it is used, as in training.
-        self._embedding_scale = float(torch.tensor(config.hidden_size**0.5, dtype=self._tokens.dtype))
+        self._embedding_scale = float(torch.tensor(config.hidden_size**0.5, dtype=checkpoint.dtype))
         self._layers = [Gemma3Layer(config, checkpoint, index) for index in range(config.num_layers)]
         self._final_norm = _load_norm(checkpoint, "norm", config.hidden_size, config.norm_eps)
-        if config.tie_word_embeddings:
-            self._head = Linear.pack(self._tokens)
-        else:
-            self._head = Linear.load(
-                checkpoint, "lm_head", config.vocab_size, config.hidden_size, has_bias=False
-            )
         checkpoint.finish(ignored_endings=("lm_head.weight", "rotary_emb.inv_freq"))
 
     @classmethod
@@ -232,11 +233,11 @@ class Gemma3:
         metadata: AttentionMetadata,
     ) -> Tensor:
         delta: Tensor | None = None
-        residual = F.embedding(input_ids, self._tokens) * self._embedding_scale
+        residual = self._vocabulary.embed(input_ids) * self._embedding_scale
         cos_sin = {kind: angles(positions) for kind, angles in self._angles.items()}
         for layer, layer_cache in zip(self._layers, kv_cache, strict=True):
             delta = layer(delta, residual, cos_sin[layer.kind], layer_cache, metadata)
         return residual if delta is None else residual.add_(delta)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        return self._head(self._final_norm(hidden)).float()
+        return self._vocabulary.logits(self._final_norm(hidden))

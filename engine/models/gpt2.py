@@ -14,6 +14,7 @@ from engine.attention import AttentionMetadata, PagedAttention
 from engine.checkpoint import Checkpoint
 from engine.layers.linear import Linear
 from engine.layers.norm import LayerNorm
+from engine.layers.vocabulary import Vocabulary
 from engine.model_config import ConfigFields, ModelConfig
 
 _gelu_tanh = partial(F.gelu, approximate="tanh")
@@ -119,14 +120,12 @@ class GPT2:
     def __init__(self, config: GPT2Config, checkpoint: Checkpoint) -> None:
         size = config.hidden_size
         self.config = config
-        self._tokens = checkpoint.take("wte.weight", config.vocab_size, size)
+        self._vocabulary = Vocabulary.load(
+            checkpoint, "wte.weight", config.vocab_size, size, is_tied=config.tie_word_embeddings
+        )
         self._positions = checkpoint.take("wpe.weight", config.max_position_embeddings, size)
         self._layers = [GPT2Layer(config, checkpoint, index) for index in range(config.num_layers)]
         self._final_norm = LayerNorm.load(checkpoint, "ln_f", size, config.norm_eps)
-        if config.tie_word_embeddings:
-            self._head = Linear.pack(self._tokens)
-        else:
-            self._head = Linear.load(checkpoint, "lm_head", config.vocab_size, size, has_bias=False)
         # Old checkpoints hold the causal mask as a tensor.
         checkpoint.finish(ignored_endings=("lm_head.weight", ".attn.bias", ".attn.masked_bias"))
 
@@ -142,16 +141,16 @@ class GPT2:
         metadata: AttentionMetadata,
     ) -> Tensor:
         delta: Tensor | None = None
-        residual = F.embedding(input_ids, self._tokens) + F.embedding(positions, self._positions)
+        residual = self._vocabulary.embed(input_ids) + F.embedding(positions, self._positions)
         for layer, layer_cache in zip(self._layers, kv_cache, strict=True):
             delta = layer(delta, residual, layer_cache, metadata)
         return residual if delta is None else residual.add_(delta)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        return self._head(self._final_norm(hidden)).float()
+        return self._vocabulary.logits(self._final_norm(hidden))
 
 
 def _load_transposed(checkpoint: Checkpoint, name: str, num_inputs: int, num_outputs: int) -> Linear:
     """Load a layer whose checkpoint holds `[num_inputs, num_outputs]`, as GPT-2's do."""
     weight = checkpoint.take(f"{name}.weight", num_inputs, num_outputs)
-    return Linear.pack(weight.t().contiguous(), checkpoint.take(f"{name}.bias", num_outputs))
+    return Linear.lay_out(weight.t(), checkpoint.take(f"{name}.bias", num_outputs), checkpoint.layout)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import cuda_ops
@@ -22,6 +21,7 @@ from engine.checkpoint import Checkpoint
 from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import RotaryAngles
+from engine.layers.vocabulary import Vocabulary
 from engine.model_config import ConfigFields, ModelConfig
 
 
@@ -214,15 +214,15 @@ class Llama:
     def __init__(self, config: LlamaConfig, angles: RotaryAngles, checkpoint: Checkpoint) -> None:
         self.config = config
         self._angles = angles
-        self._tokens = checkpoint.take("embed_tokens.weight", config.vocab_size, config.hidden_size)
+        self._vocabulary = Vocabulary.load(
+            checkpoint,
+            "embed_tokens.weight",
+            config.vocab_size,
+            config.hidden_size,
+            is_tied=config.tie_word_embeddings,
+        )
         self._layers = [LlamaLayer(config, checkpoint, index) for index in range(config.num_layers)]
         self._final_norm = RMSNorm.load(checkpoint, "norm", config.hidden_size, config.norm_eps)
-        if config.tie_word_embeddings:
-            self._head = Linear.pack(self._tokens)
-        else:
-            self._head = Linear.load(
-                checkpoint, "lm_head", config.vocab_size, config.hidden_size, has_bias=False
-            )
         checkpoint.finish(ignored_endings=("lm_head.weight", "rotary_emb.inv_freq"))
 
     @classmethod
@@ -238,11 +238,11 @@ class Llama:
         metadata: AttentionMetadata,
     ) -> Tensor:
         delta: Tensor | None = None
-        residual = F.embedding(input_ids, self._tokens)
+        residual = self._vocabulary.embed(input_ids)
         cos_sin = self._angles(positions)
         for layer, layer_cache in zip(self._layers, kv_cache, strict=True):
             delta = layer(delta, residual, cos_sin, layer_cache, metadata)
         return residual if delta is None else residual.add_(delta)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        return self._head(self._final_norm(hidden)).float()
+        return self._vocabulary.logits(self._final_norm(hidden))

@@ -18,6 +18,7 @@ from engine.attention import AttentionMetadata, PagedAttention
 from engine.checkpoint import Checkpoint
 from engine.layers.linear import Linear
 from engine.layers.norm import LayerNorm
+from engine.layers.vocabulary import Vocabulary
 from engine.model_config import ConfigFields, ModelConfig
 
 # The first two rows of the position table belong to padding, which we do not have.
@@ -152,7 +153,13 @@ class OPT:
     def __init__(self, config: OPTConfig, checkpoint: Checkpoint) -> None:
         narrow, wide = config.embedding_size, config.hidden_size
         self.config = config
-        self._tokens = checkpoint.take("decoder.embed_tokens.weight", config.vocab_size, narrow)
+        self._vocabulary = Vocabulary.load(
+            checkpoint,
+            "decoder.embed_tokens.weight",
+            config.vocab_size,
+            narrow,
+            is_tied=config.tie_word_embeddings,
+        )
         num_positions = config.max_position_embeddings + _POSITION_OFFSET
         self._positions = checkpoint.take("decoder.embed_positions.weight", num_positions, wide)
         self._project_in: Linear | None = None
@@ -166,10 +173,6 @@ class OPT:
         self._final_norm: LayerNorm | None = None
         if config.has_final_norm:
             self._final_norm = _load_norm(config, checkpoint, "decoder.final_layer_norm")
-        if config.tie_word_embeddings:
-            self._head = Linear.pack(self._tokens)
-        else:
-            self._head = Linear.load(checkpoint, "lm_head", config.vocab_size, narrow, has_bias=False)
         checkpoint.finish(ignored_endings=("lm_head.weight",))
 
     @classmethod
@@ -183,7 +186,7 @@ class OPT:
         kv_cache: Sequence[tuple[Tensor, Tensor]],
         metadata: AttentionMetadata,
     ) -> Tensor:
-        embedded = F.embedding(input_ids, self._tokens)
+        embedded = self._vocabulary.embed(input_ids)
         if self._project_in is not None:
             embedded = self._project_in(embedded)
         delta: Tensor | None = None
@@ -197,7 +200,7 @@ class OPT:
             hidden = self._final_norm(hidden)
         if self._project_out is not None:
             hidden = self._project_out(hidden)
-        return self._head(hidden).float()
+        return self._vocabulary.logits(hidden)
 
 
 def _load_norm(config: OPTConfig, checkpoint: Checkpoint, name: str) -> LayerNorm:

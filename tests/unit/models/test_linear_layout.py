@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cuda_ops.dense import PackedWeight
+from engine.checkpoint import WeightLayout
 from engine.layers.linear import Linear
 
 torch.set_num_threads(1)
@@ -13,8 +15,9 @@ torch.set_num_threads(1)
 @pytest.mark.parametrize("shape", [(1, 1), (33, 7), (768, 96)])
 @pytest.mark.parametrize("num_rows", [0, 1, 3, 65])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_packed_layer_equals_the_plain_product(
-    num_rows: int, shape: tuple[int, int], dtype: torch.dtype, has_bias: bool
+@pytest.mark.parametrize("layout", ["dense", "packed"])
+def test_layer_equals_the_plain_product_in_every_layout(
+    num_rows: int, shape: tuple[int, int], dtype: torch.dtype, has_bias: bool, layout: WeightLayout
 ) -> None:
     torch.manual_seed(0)
     num_inputs, num_outputs = shape
@@ -23,7 +26,7 @@ def test_packed_layer_equals_the_plain_product(
     x = torch.randn(num_rows, num_inputs).to(dtype)
 
     with torch.inference_mode():
-        product = Linear.pack(weight, bias)(x)
+        product = Linear.lay_out(weight, bias, layout)(x)
 
     exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     # One rounding of the result; sums in float32, at worst one rounding a term.
@@ -35,6 +38,18 @@ def test_packed_layer_equals_the_plain_product(
     assert num_rows == 0 or (product.double() - exact).abs().max() <= bound
 
 
-def test_layer_is_packed_where_onednn_is_there() -> None:
-    assert Linear.pack(torch.randn(8, 8)).is_packed == torch.backends.mkldnn.is_available()
-    assert not Linear.pack(torch.randn(8, 8, dtype=torch.float64)).is_packed
+def test_dense_layer_is_reordered_where_onednn_is_there_and_takes_the_dtype() -> None:
+    reordered = Linear.lay_out(torch.randn(8, 8), None, "dense").weight
+    kept = Linear.lay_out(torch.randn(8, 8, dtype=torch.float64), None, "dense").weight
+
+    assert isinstance(reordered, torch.Tensor)
+    assert reordered.is_mkldnn == torch.backends.mkldnn.is_available()
+    assert isinstance(kept, torch.Tensor)
+    assert not kept.is_mkldnn
+
+
+def test_int8_layer_holds_a_byte_an_element() -> None:
+    weight = Linear.lay_out(torch.randn(64, 32), None, "int8").weight
+
+    assert isinstance(weight, PackedWeight)
+    assert weight.panels.nbytes == 64 * 32
