@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from jobs.record import JOB_FIELDS, to_job
 from jobs.states import JobState
 from tests.chaos.load import Answer, Key
 from tests.chaos.rig import Rig
+from tests.support.processes import wait_until
 from tests.support.queue_lab import ROOT
 
 ALWAYS_THERE = frozenset({"queues", "models", "tokenizer", "beats", "celery"})
@@ -114,16 +115,19 @@ def read_gauge(port: int, name: str) -> float | None:
     return float(found.group(1)) if found else None
 
 
-def wait_until_settled(rig: Rig, *, timeout_seconds: float) -> bool:
-    """True when ledger and broker are empty in time; what is left is told by the checks."""
-    deadline = time.monotonic() + timeout_seconds
-    while any(broker(rig)):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.2)
-    return True
+def wait_settled(rig: Rig, *, timeout_seconds: float) -> None:
+    """Return when ledger and broker are empty, or the time is over: what is left is told by the checks."""
+    with suppress(AssertionError):
+        wait_until(lambda: not any(broker(rig)), timeout_seconds=timeout_seconds, what="all settled")
 
 
 def num_refused_results(rig: Rig) -> int:
     """Results of attempts that had lost their lease, as the workers' logs tell."""
     return sum(text.count("result refused") + text.count("lease lost") for text in rig.logs().values())
+
+
+def num_failed_exports(rig: Rig) -> int:
+    """Batches of spans that a process gave up: each tears traces, and none should be."""
+    return sum(
+        text.count("Failed to export") + text.count("Gave up on exporting") for text in rig.logs().values()
+    )

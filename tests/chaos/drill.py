@@ -50,6 +50,7 @@ class Outcome:
     """Faults whose victim was down already."""
     redelivery_seconds: list[float]
     num_refused_results: int
+    num_failed_exports: int
     audit: Audit
     traces: Counter[str]
     load_seconds: float
@@ -74,6 +75,7 @@ class Outcome:
             ("to the first redelivery, p50", f"{median(seconds):.1f} s" if seconds else "-"),
             ("to the first redelivery, max", f"{seconds[-1]:.1f} s" if seconds else "-"),
             *((f"traces, {kind}", count) for kind, count in sorted(self.traces.items())),
+            ("exports of spans given up", self.num_failed_exports),
             *((f"refused or cut, {why}", count) for why, count in self.log.refusals.most_common()),
             ("slowest 503 store_unavailable", f"{self.log.slowest_refusal_seconds:.1f} s"),
             ("load", f"{self.load_seconds:.0f} s"),
@@ -171,7 +173,7 @@ def _settle(
 ) -> Outcome:
     ended = time.monotonic()
     rig.mend()
-    check.wait_until_settled(rig, timeout_seconds=SETTLE_SECONDS)
+    check.wait_settled(rig, timeout_seconds=SETTLE_SECONDS)
     settle_seconds = time.monotonic() - ended
     watch.finish()
     warm_engines(rig)
@@ -195,6 +197,7 @@ def _settle(
         num_missed=len(missed),
         redelivery_seconds=watch.seconds,
         num_refused_results=check.num_refused_results(rig),
+        num_failed_exports=check.num_failed_exports(rig),
         audit=audit,
         traces=Counter(judgement.finding.value for judgement in judgements),
         load_seconds=load_seconds,
@@ -207,4 +210,4 @@ def warm_engines(rig: Rig) -> None:
     """A few jobs more, so that engines which were just replaced tell of their blocks too."""
     orders = [Order(number, PROMPTS, 4, is_sync=True) for number in range(8 * len(rig.workers))]
     asyncio.run(place(rig.url, orders, tag="after", sample_ratio=0.0))
-    check.wait_until_settled(rig, timeout_seconds=SETTLE_SECONDS)
+    check.wait_settled(rig, timeout_seconds=SETTLE_SECONDS)

@@ -130,6 +130,8 @@ class Rig:
             "OTEL_SDK_DISABLED": "",
             "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": self.receiver.grpc_endpoint,
             "OTEL_BSP_SCHEDULE_DELAY": "200",
+            # The collector shares the drill's process and may answer late: no span is lost to that.
+            "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT": "60",
         }
         self.workers = [self._add_worker(number) for number in range(num_workers)]
         self.api = Member("api", self._start_api)

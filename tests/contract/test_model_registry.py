@@ -3,23 +3,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from jobs.model import WorkerId
-from jobs.registry import ALIVE_SECONDS, ModelCard
-from tests.support.job_factory import NOW
+from jobs.registry import ALIVE_SECONDS
+from tests.support.job_factory import NOW, model_card
 
 if TYPE_CHECKING:
     from tests.contract.conftest import Stores
 
-CARD = ModelCard(
-    name="org/model",
-    aliases=("model",),
-    vocab_size=100,
-    max_model_len=64,
-    max_num_sequences=8,
-    architecture="LlamaForCausalLM",
-    dtype="float32",
-    device="cpu",
-    tokenizer_digest="d1",
-)
+CARD = model_card(name="org/model", aliases=("model",), vocab_size=100, tokenizer_digest="d1")
 
 
 async def test_announced_model_is_listed_with_its_tokenizer(stores: Stores) -> None:

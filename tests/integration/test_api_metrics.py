@@ -18,10 +18,10 @@ from pydantic import SecretStr
 from jobs.model import WorkerId
 from jobs.redis_connection import connect
 from jobs.redis_registry import RedisModelAnnouncer
-from jobs.registry import ModelCard
 from jobs.settings import JobsSettings
 from telemetry import metrics
 from telemetry.receiver import Receiver
+from tests.support.job_factory import model_card
 from tests.support.processes import wait_until
 from tests.support.trace_invariants import check_trace_invariants
 from tests.support.valkey import ValkeyServer, free_port, running_valkey
@@ -57,16 +57,7 @@ class Server:
 def announce(valkey: ValkeyServer) -> None:
     settings = JobsSettings(redis_url=SecretStr(valkey.url))
     client = connect(settings)
-    card = ModelCard(
-        name=MODEL,
-        vocab_size=256,
-        max_model_len=64,
-        max_num_sequences=8,
-        architecture="OPTForCausalLM",
-        dtype="float32",
-        device="cpu",
-        tokenizer_digest="0" * 64,
-    )
+    card = model_card(name=MODEL)
     RedisModelAnnouncer(client, settings).announce(card, "{}")
     RedisModelAnnouncer(client, settings).beat(MODEL, WorkerId("played"), now=1e12)
     client.close()

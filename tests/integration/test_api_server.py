@@ -28,11 +28,10 @@ from jobs.model import JobId, WorkerId, new_lease_token
 from jobs.redis_connection import connect
 from jobs.redis_registry import RedisModelAnnouncer
 from jobs.redis_store import RedisAttemptStore
-from jobs.registry import ModelCard
 from jobs.settings import JobsSettings
 from jobs.store import ClaimOutcome
 from telemetry.receiver import Receiver
-from tests.support.job_factory import completed
+from tests.support.job_factory import completed, model_card
 from tests.support.trace_invariants import check_trace_invariants
 from tests.support.trace_times import CROWDED_UNNAMED_NS
 from tests.support.valkey import ValkeyServer, free_port, running_valkey
@@ -58,16 +57,7 @@ class PlayedWorker:
         vocabulary = {character: index for index, character in enumerate(sorted(ByteLevel.alphabet()))}
         tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
         tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-        card = ModelCard(
-            name=MODEL,
-            vocab_size=256,
-            max_model_len=64,
-            max_num_sequences=8,
-            architecture="OPTForCausalLM",
-            dtype="float32",
-            device="cpu",
-            tokenizer_digest="0" * 64,
-        )
+        card = model_card(name=MODEL)
         self._announcer.announce(card, tokenizer.to_str())
         self._announcer.beat(MODEL, WorkerId("played"), now=now)
 

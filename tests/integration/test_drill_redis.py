@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -96,44 +96,48 @@ def test_jobs_survive_a_redis_that_is_killed_in_mid_work(
 
 
 def test_full_redis_refuses_jobs_and_keeps_nothing_of_them(lab: QueueLab, api: httpx.Client) -> None:
-    before = traces_of_jobs(lab)
+    def limit_memory(size: str) -> None:
+        lab.client.config_set("maxmemory", size)
 
-    lab.client.config_set("maxmemory", "1mb")
-    try:
-        assert_refused_at_once(api, key="full")
-        assert traces_of_jobs(lab) == before
-    finally:
-        lab.client.config_set("maxmemory", "0")
-
-    wait_completed(lab, post(api, key="full"))
+    check_refusal(lab, api, lambda: limit_memory("1mb"), lambda: limit_memory("0"), key="full")
 
 
 def test_read_only_redis_refuses_jobs_and_keeps_nothing_of_them(lab: QueueLab, api: httpx.Client) -> None:
     """As after a failover that left us on the old primary."""
-    before = traces_of_jobs(lab)
-
-    lab.client.replicaof("127.0.0.1", "1")
-    try:
-        assert_refused_at_once(api, key="read-only")
-        assert traces_of_jobs(lab) == before
-    finally:
-        lab.client.replicaof("NO", "ONE")
-
-    wait_completed(lab, post(api, key="read-only"))
+    replicaof = lab.client.replicaof
+    check_refusal(
+        lab, api, lambda: replicaof("127.0.0.1", "1"), lambda: replicaof("NO", "ONE"), key="read-only"
+    )
 
 
 def test_broker_that_refuses_the_message_leaves_nothing_behind(lab: QueueLab, api: httpx.Client) -> None:
     """Full between the two acts: stored, then not published."""
+
+    def allow(command: str) -> None:
+        lab.client.acl_setuser("default", enabled=True, commands=[command], reset=False)
+
+    check_refusal(lab, api, lambda: allow("-lpush"), lambda: allow("+lpush"))
+
+
+def check_refusal(
+    lab: QueueLab,
+    api: httpx.Client,
+    break_redis: Callable[[], object],
+    mend_redis: Callable[[], object],
+    *,
+    key: str | None = None,
+) -> None:
+    """Broken, it refuses a job at once and keeps nothing of it; mended, it takes the same job."""
     before = traces_of_jobs(lab)
 
-    lab.client.acl_setuser("default", enabled=True, commands=["-lpush"], reset=False)
+    break_redis()
     try:
-        assert_refused_at_once(api)
+        assert_refused_at_once(api, key=key)
         assert traces_of_jobs(lab) == before
     finally:
-        lab.client.acl_setuser("default", enabled=True, commands=["+lpush"], reset=False)
+        mend_redis()
 
-    wait_completed(lab, post(api))
+    wait_completed(lab, post(api, key=key))
 
 
 def test_result_that_found_redis_full_is_stored_when_there_is_room(lab: QueueLab, api: httpx.Client) -> None:

@@ -1,4 +1,4 @@
-"""Jobs and results for tests: sensible values, each overridable."""
+"""Jobs, results and models' cards for tests: sensible values, each overridable."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jobs.model import (
     Usage,
     new_job_id,
 )
-from jobs.registry import queue_name
+from jobs.registry import ModelCard, queue_name
 from jobs.states import JobState
 from jobs.store import Settlement
 
@@ -38,6 +38,21 @@ def new_job(**overrides: Any) -> NewJob:
         "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
     }
     return NewJob(**{**fields, **overrides})
+
+
+def model_card(**overrides: Any) -> ModelCard:
+    """Of a model that nobody serves."""
+    fields: dict[str, Any] = {
+        "name": MODEL,
+        "vocab_size": 256,
+        "max_model_len": 64,
+        "max_num_sequences": 8,
+        "architecture": "OPTForCausalLM",
+        "dtype": "float32",
+        "device": "cpu",
+        "tokenizer_digest": "0" * 64,
+    }
+    return ModelCard(**{**fields, **overrides})
 
 
 def job_result(text: str = " d e") -> JobResult:

@@ -38,6 +38,7 @@ from jobs.model import (
 from jobs.registry import ModelCard
 from jobs.states import JobState
 from jobs.store import Created, Settlement
+from tests.support import job_factory
 from tests.support.job_factory import failed
 
 MODEL = "house/bytes"
@@ -53,19 +54,8 @@ def byte_tokenizer() -> str:
 
 
 def model_card(**overrides: Any) -> ModelCard:
-    fields: dict[str, Any] = {
-        "name": MODEL,
-        "aliases": ("bytes",),
-        "vocab_size": 256,
-        "max_model_len": 64,
-        "max_num_sequences": 32,
-        "max_logprobs": 5,
-        "architecture": "OPTForCausalLM",
-        "dtype": "float32",
-        "device": "cpu",
-        "tokenizer_digest": "0" * 64,
-    }
-    return ModelCard(**{**fields, **overrides})
+    own = {"name": MODEL, "aliases": ("bytes",), "max_num_sequences": 32, "max_logprobs": 5}
+    return job_factory.model_card(**{**own, **overrides})
 
 
 def answer(request: JobRequest) -> Settlement:

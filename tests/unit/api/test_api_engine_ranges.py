@@ -19,19 +19,10 @@ from engine import sampling as engine_sampling
 from engine.admission import ModelInfo, check_request
 from engine.sampling import SamplingParams, StructuredOutput
 from jobs.model import Prompt
-from jobs.registry import ModelCard
+from tests.support.job_factory import model_card
 from workers.attempts.attempt import sampling_params
 
-CARD = ModelCard(
-    name="m",
-    vocab_size=50,
-    max_model_len=64,
-    max_num_sequences=130,
-    architecture="OPTForCausalLM",
-    dtype="float32",
-    device="cpu",
-    tokenizer_digest="0" * 64,
-)
+CARD = model_card(name="m", vocab_size=50, max_num_sequences=130)
 INFO = ModelInfo(
     architecture="OPTForCausalLM",
     vocab_size=50,
