@@ -16,14 +16,25 @@ from opentelemetry import trace
 from opentelemetry.attributes import BoundedAttributes
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, SynchronousMultiSpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import (
+    ReadableSpan,
+    SpanLimits,
+    SpanProcessor,
+    SynchronousMultiSpanProcessor,
+    TracerProvider,
+)
+from opentelemetry.sdk.trace import Tracer as SdkTracer
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.sdk.trace.sampling import Decision
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import Link, NoOpTracer, SpanContext, SpanKind, Status, TraceFlags, Tracer
-from opentelemetry.util.types import AttributeValue
+from opentelemetry.trace import Link, NoOpTracer, SpanContext, SpanKind, Status, Tracer, TraceState
+from opentelemetry.util.types import Attributes, AttributeValue
 
 from telemetry import names
+from telemetry.identity import Identities
+from telemetry.live import LiveTracer, SpanHome
 
+_BLIND_TO_STARTS = (SpanProcessor.on_start, BatchSpanProcessor.on_start, SimpleSpanProcessor.on_start)
 _SCOPE = InstrumentationScope(names.TRACER, "")  # as `get_tracer` makes it
 _UNSET = Status()
 
@@ -50,17 +61,12 @@ def draw(context: Context, span: FinishedSpan, tracer: Tracer | None = None) -> 
         own = provider.draw(context, span)
         if own is not None:
             return own
-    live = (tracer or own_tracer()).start_span(
+    live = (tracer or _tracer_of(provider)).start_span(
         span.name, context, attributes=span.attributes, links=span.links, start_time=span.start_ns
     )
     live.set_status(span.status)
     live.end(max(span.start_ns, span.end_ns))
     return live.get_span_context()
-
-
-def own_tracer() -> Tracer:
-    """Of the global provider; for spans that are live."""
-    return _tracer_of(trace.get_tracer_provider())
 
 
 @functools.cache
@@ -70,7 +76,7 @@ def _tracer_of(provider: trace.TracerProvider) -> Tracer:
 
 
 class DrawingTracerProvider(TracerProvider):
-    """The SDK's provider, which also takes finished spans."""
+    """The SDK's provider, which also takes finished spans; its live ones are `telemetry.live`'s."""
 
     def __init__(self, resource: Resource) -> None:
         self._processors = SynchronousMultiSpanProcessor()  # type: ignore[no-untyped-call]  # the SDK's gap
@@ -81,7 +87,32 @@ class DrawingTracerProvider(TracerProvider):
             active_span_processor=self._processors,
             span_limits=self._limits,
         )
+        self._identities = Identities(self.sampler, self.id_generator)
+        self._starts_matter = False
         self._is_off = isinstance(self.get_tracer(names.TRACER), NoOpTracer)
+
+    def add_span_processor(self, span_processor: SpanProcessor) -> None:
+        """One that looks at spans when they start makes the SDK's of all live ones, of tracers made later."""
+        super().add_span_processor(span_processor)
+        self._starts_matter |= type(span_processor).on_start not in _BLIND_TO_STARTS
+
+    def get_tracer(
+        self,
+        instrumenting_module_name: str,
+        instrumenting_library_version: str | None = None,
+        schema_url: str | None = None,
+        attributes: Attributes = None,
+    ) -> Tracer:
+        """Raises nothing; the SDK's own tracer where light spans would make a difference."""
+        stock = super().get_tracer(
+            instrumenting_module_name, instrumenting_library_version, schema_url, attributes
+        )
+        if not isinstance(stock, SdkTracer) or self._starts_matter or not self._identities.follows_parents:
+            return stock
+        scope = InstrumentationScope(
+            instrumenting_module_name, instrumenting_library_version or "", schema_url, attributes
+        )
+        return LiveTracer(stock, self._identities, SpanHome(self, scope, self._limits, self._processors))
 
     def draw(self, context: Context, span: FinishedSpan) -> SpanContext | None:
         """`span` lies below that of `context`, unless the sampler leaves it out.
@@ -93,20 +124,18 @@ class DrawingTracerProvider(TracerProvider):
         parent = trace.get_current_span(context).get_span_context()
         if self._is_off or not parent.is_valid:
             return None
-        decision = self.sampler.should_sample(
-            context, parent.trace_id, span.name, SpanKind.INTERNAL, span.attributes, span.links
-        )
-        is_sampled = decision.decision is Decision.RECORD_AND_SAMPLE
-        flags = TraceFlags.SAMPLED if is_sampled else TraceFlags.DEFAULT
-        own = SpanContext(
-            parent.trace_id,
-            self.id_generator.generate_span_id(),
-            is_remote=False,
-            trace_flags=TraceFlags(flags | parent.trace_flags & TraceFlags.RANDOM_TRACE_ID),
-            trace_state=decision.trace_state,
-        )
+        if self._identities.follows_parents:
+            is_sampled, attributes = parent.trace_flags.sampled, span.attributes
+            trace_state: TraceState | None = parent.trace_state
+        else:
+            decision = self.sampler.should_sample(
+                context, parent.trace_id, span.name, SpanKind.INTERNAL, span.attributes, span.links
+            )
+            is_sampled = decision.decision is Decision.RECORD_AND_SAMPLE
+            trace_state, attributes = decision.trace_state, decision.attributes or {}
+        own = self._identities.below(parent, is_sampled=is_sampled, trace_state=trace_state)
         if is_sampled:
-            self._processors.on_end(self._readable(own, parent, span, decision.attributes))
+            self._processors.on_end(self._readable(own, parent, span, attributes))
         return own
 
     def _readable(

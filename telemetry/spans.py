@@ -22,7 +22,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from telemetry import names
-from telemetry.drawing import FinishedSpan, draw, own_tracer
+from telemetry.drawing import FinishedSpan, draw
 
 _W3C = CompositePropagator([TraceContextTextMapPropagator(), W3CBaggagePropagator()])
 _ERROR = Status(StatusCode.ERROR)
@@ -237,14 +237,14 @@ def fetch_result(job_id: str) -> AbstractContextManager[None]:
     return _live(names.SPAN_FETCH_RESULT, {names.JOB_ID: job_id})
 
 
-def wait_result(job_id: str) -> AbstractContextManager[Span]:
+def wait_result(job_id: str) -> AbstractContextManager[None]:
     """A live span around the API's wait for a job, so that the gap in the server span has a name."""
-    return own_tracer().start_as_current_span(names.SPAN_WAIT_RESULT, attributes={names.JOB_ID: job_id})
+    return _live(names.SPAN_WAIT_RESULT, {names.JOB_ID: job_id})
 
 
-def store_result(job_id: str) -> AbstractContextManager[Span]:
+def store_result(job_id: str) -> AbstractContextManager[None]:
     """A live span around the worker's settle."""
-    return own_tracer().start_as_current_span(names.SPAN_STORE_RESULT, attributes={names.JOB_ID: job_id})
+    return _live(names.SPAN_STORE_RESULT, {names.JOB_ID: job_id})
 
 
 def give_back(job_id: str) -> AbstractContextManager[None]:
