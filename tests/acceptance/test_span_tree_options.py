@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 
 import httpx
 import pytest
 
 from telemetry import names
 from telemetry.record import SpanRecord
-from tests.support.span_trees import ENGINE, PROMPT, WORKER, Traced, drawn, traced_stack
+from tests.support.span_trees import ENGINE, PROMPT, WORKER, Traced, drawn, module_stack
 from tests.support.trace_invariants import check_trace_invariants
 
 NUM_ITEM_SPANS = 2
@@ -26,10 +25,7 @@ ENVIRON = {
 }
 
 
-@pytest.fixture(scope="module")
-def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
-    with traced_stack(tmp_path_factory.mktemp("options"), ENVIRON) as traced:
-        yield traced
+traced = module_stack(ENVIRON)
 
 
 def test_items_beyond_the_limit_are_roots_that_link_to_their_job(traced: Traced) -> None:

@@ -20,7 +20,17 @@ from cli.demo import seed_client
 from telemetry.record import SpanRecord
 from telemetry.tree import tree
 from tests.support.processes import wait_until
-from tests.support.span_trees import ENGINE, PROMPT, WORKER, Protocol, Traced, drawn, traced_stack
+from tests.support.span_trees import (
+    COMPLETION,
+    COMPLETION_SPANS,
+    ENGINE,
+    PROMPT,
+    WORKER,
+    Protocol,
+    Traced,
+    drawn,
+    traced_stack,
+)
 from tests.support.stack import own_environment
 from tests.support.trace_invariants import check_trace_invariants
 
@@ -31,24 +41,6 @@ POST /v1/jobs SERVER api
 TAIL = """
  store job INTERNAL api"""
 """Before and after what hangs below the send of a job."""
-COMPLETION = """
-POST /v1/completions SERVER api
- accept INTERNAL api
- fetch result INTERNAL api
- send throughline-tiny.interactive PRODUCER api
-  process throughline-tiny.interactive CONSUMER worker 1 completed -> send
-   claim INTERNAL worker
-   receive output INTERNAL worker
-   report INTERNAL worker
-   store result INTERNAL worker
-   text_completion throughline-tiny INTERNAL worker
-    engine.decode INTERNAL worker
-    engine.prefill INTERNAL worker
-    engine.wait INTERNAL worker
-  queue throughline-tiny.interactive INTERNAL worker
- store job INTERNAL api
- wait result INTERNAL api"""
-COMPLETION_SPANS = 16
 HAND_OVER_SECONDS = 0.01
 """Between two named steps, in the best of ten completions. The median of all such time in one completion is
 1.0 ms on two cores with a load of 7; the bound leaves a slower machine room, and still finds a generation

@@ -9,16 +9,14 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 
 import httpx
-import pytest
 
 from cli.client import JobView
 from cli.viewer_client import ViewerClient
 from telemetry import names
 from tests.support.processes import wait_until
-from tests.support.span_trees import ENGINE, WORKER, Traced, drawn, traced_stack
+from tests.support.span_trees import ENGINE, WORKER, Traced, drawn, module_stack
 
 REQUEST = """
 POST /v1/jobs SERVER api
@@ -35,11 +33,7 @@ GENERATION = """
   engine.wait INTERNAL worker"""
 
 
-@pytest.fixture(scope="module")
-def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
-    environ = {"THROUGHLINE_TRACE_LINKS_ONLY": "true"}
-    with traced_stack(tmp_path_factory.mktemp("links"), environ) as traced:
-        yield traced
+traced = module_stack({"THROUGHLINE_TRACE_LINKS_ONLY": "true"})
 
 
 def num_traces(traced: Traced, reply: httpx.Response) -> int:

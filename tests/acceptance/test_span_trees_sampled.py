@@ -7,15 +7,13 @@ first has a trace of its own, so whatever could be drawn against the decision wo
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import httpx
-import pytest
 from opentelemetry.sdk.trace.sampling import Decision, TraceIdRatioBased
 
 from telemetry import names
 from telemetry.record import LinkRecord, SpanRecord
-from tests.support.span_trees import PROMPT, Traced, drawn, traced_stack
+from tests.support.span_trees import COMPLETION, PROMPT, Traced, drawn, module_stack
 from tests.support.trace_invariants import check_trace_invariants
 
 RATIO = 0.5
@@ -29,29 +27,9 @@ ENVIRON = {
 UNSAMPLED, SAMPLED, POLL = (digit * 32 for digit in "123")
 CLIENT_SPAN = "00f067aa0ba902b7"
 MAX_TRIES = 40
-WHOLE = """
-POST /v1/completions SERVER api
- accept INTERNAL api
- fetch result INTERNAL api
- send throughline-tiny.interactive PRODUCER api
-  process throughline-tiny.interactive CONSUMER worker 1 completed -> send
-   claim INTERNAL worker
-   receive output INTERNAL worker
-   report INTERNAL worker
-   store result INTERNAL worker
-   text_completion throughline-tiny INTERNAL worker
-    engine.decode INTERNAL worker
-    engine.prefill INTERNAL worker
-    engine.wait INTERNAL worker
-  queue throughline-tiny.interactive INTERNAL worker
- store job INTERNAL api
- wait result INTERNAL api"""
 
 
-@pytest.fixture(scope="module")
-def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
-    with traced_stack(tmp_path_factory.mktemp("sampled"), ENVIRON) as traced:
-        yield traced
+traced = module_stack(ENVIRON)
 
 
 def test_client_that_is_not_sampled_has_no_span_and_its_job_all_the_same(traced: Traced) -> None:
@@ -132,6 +110,6 @@ def wait_for_tree(traced: Traced, reply: httpx.Response) -> list[SpanRecord]:
     def tree() -> str:
         return drawn(traced.receiver.trace(reply.headers["X-Trace-Id"])).replace(" -> nothing that came", "")
 
-    traced.receiver.wait_for(lambda _: tree() == WHOLE.strip(), timeout_seconds=20)
-    assert tree() == WHOLE.strip()
+    traced.receiver.wait_for(lambda _: tree() == COMPLETION.strip(), timeout_seconds=20)
+    assert tree() == COMPLETION.strip()
     return traced.receiver.trace(reply.headers["X-Trace-Id"])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import httpx
+import pytest
 import redis
 
 from jobs.keys import Keys
@@ -41,6 +42,24 @@ SERVICES = {
 }
 Protocol = Literal["grpc", "http/protobuf"]
 WORKER, ENGINE = "workers.main", "workers.engines.engine_process"
+COMPLETION = """
+POST /v1/completions SERVER api
+ accept INTERNAL api
+ fetch result INTERNAL api
+ send throughline-tiny.interactive PRODUCER api
+  process throughline-tiny.interactive CONSUMER worker 1 completed -> send
+   claim INTERNAL worker
+   receive output INTERNAL worker
+   report INTERNAL worker
+   store result INTERNAL worker
+   text_completion throughline-tiny INTERNAL worker
+    engine.decode INTERNAL worker
+    engine.prefill INTERNAL worker
+    engine.wait INTERNAL worker
+  queue throughline-tiny.interactive INTERNAL worker
+ store job INTERNAL api
+ wait result INTERNAL api"""
+COMPLETION_SPANS = 16
 
 
 def drawn(spans: list[SpanRecord]) -> str:
@@ -208,3 +227,14 @@ def traced_stack(
                 check_nothing_lost([f"127.0.0.1:{port}" for port in (stack.port, metrics_port)])
         finally:
             stack.kill_everything()
+
+
+def module_stack(environ: Mapping[str, str]) -> Any:
+    """The fixture `traced` of a test module: one stack for all its tests, sending over grpc."""
+
+    @pytest.fixture(scope="module")
+    def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
+        with traced_stack(tmp_path_factory.mktemp("traced"), environ) as traced:
+            yield traced
+
+    return traced
