@@ -14,7 +14,8 @@ median.
 
 The collector is a process that takes batches over gRPC and looks at none: what it does with them is not the
 cost of tracing. Client and collector share the machine with the stack, so jobs/s understates what the stack
-alone could do; CPU per job is the stack's own (API, worker, engine and Valkey) and the steadier figure.
+alone could do; CPU per job is the stack's own (API, worker, engine and Valkey) and the steadier figure. The
+engine traces nothing, so what API and worker spend more tells most; ± is a 95 % interval of the rounds' mean.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import NormalDist
 
 import grpc  # type: ignore[import-untyped]  # ships no types
 from rich.console import Console
@@ -59,6 +61,8 @@ ROLES = {
     "engine": "workers.engines.engine_process",
     "valkey": "valkey-server",
 }
+TRACING = ("api", "worker")
+"""The roles that make spans."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +317,16 @@ def _throughput(rounds: dict[str, list[Round]], arguments: argparse.Namespace) -
 
 def _ratios(rounds: dict[str, list[Round]], name: str, value: Callable[[Round], float]) -> str:
     ratios = [value(own) / value(base) for own, base in zip(rounds[name], rounds[BASE], strict=True)]
-    return f"{statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f})"
+    return f"{statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f}; {_mean(ratios, '.3f')})"
+
+
+def _mean(values: Sequence[float], form: str) -> str:
+    """With the half width of its 95 % interval; a single round has none."""
+    mean = format(statistics.mean(values), form)
+    if len(values) < 2:
+        return mean
+    half = NormalDist().inv_cdf(0.975) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean} ± {format(half, form.removeprefix('+'))}"
 
 
 def _latency(rounds: dict[str, list[Round]]) -> Table:
@@ -333,10 +346,20 @@ def _latency(rounds: dict[str, list[Round]]) -> Table:
 
 
 def _cpu(rounds: dict[str, list[Round]]) -> Table:
-    table = Table("way", *ROLES, title="CPU ms a job, by process")
+    title = f"CPU ms a job, by process (added to {BASE}: mean of the rounds' differences)"
+    table = Table("way", *ROLES, *(f"{role} added" for role in TRACING), "both added", title=title)
     for name, own in rounds.items():
         medians = (statistics.median(turn.cpu_ms_by_role[role] for turn in own) for role in ROLES)
-        table.add_row(name, *(f"{median:.2f}" for median in medians))
+        added = [
+            [
+                sum(turn.cpu_ms_by_role[role] - base.cpu_ms_by_role[role] for role in roles)
+                for turn, base in zip(own, rounds[BASE], strict=True)
+            ]
+            for roles in (*((role,) for role in TRACING), TRACING)
+        ]
+        table.add_row(
+            name, *(f"{median:.2f}" for median in medians), *(_mean(each, "+.2f") for each in added)
+        )
     return table
 
 
