@@ -108,7 +108,7 @@ class WorkerService:
         self._schedule = RedisSchedule(self._client, jobs_settings)
         self._messages = HeldMessages()
         self._messages.install(app)
-        self._settled_tags = channel.install(self._client, Keys(jobs_settings.key_prefix))
+        self._message_settled = channel.install(self._client, Keys(jobs_settings.key_prefix))
         self._metrics = SILENT  # until start() has read the telemetry's settings
         self._runtime = create_runtime(settings, self._give_up, lambda tally: self._metrics.stepped(tally))
         self._is_stopping = threading.Event()
@@ -200,7 +200,7 @@ class WorkerService:
             worker=self.worker,
             lease_seconds=self._jobs_settings.lease_seconds,
             is_stopping=self._is_stopping,
-            settled_tags=self._settled_tags,
+            message_settled=self._message_settled,
             pause=RetryPause(self._settings.retry_pause_seconds, self._settings.retry_pause_max_seconds),
         )
 

@@ -84,8 +84,8 @@ class AttemptRunner:
     lease_seconds: float
     is_stopping: threading.Event
     company: Company = field(default_factory=Company)
-    settled_tags: set[str] = field(default_factory=set)
-    """Tags of messages that went with their job's settling, for whoever acknowledges messages."""
+    message_settled: Callable[[str], None] = lambda tag: None
+    """Told the tag of a message that went with its job's settling; whoever acknowledges messages listens."""
     pause: RetryPause = field(default_factory=RetryPause)
 
     def run(self, delivery: Delivery) -> Verdict:
@@ -280,7 +280,7 @@ class AttemptRunner:
                 )
             )
         if outcome in (SettleOutcome.SETTLED, SettleOutcome.CANCELLED):
-            self.settled_tags.add(delivery.tag)
+            self.message_settled(delivery.tag)
         return outcome
 
     def _tell(self, delivery: Delivery, settlement: Settlement, outcome: SettleOutcome | None) -> Verdict:
@@ -304,7 +304,7 @@ class AttemptRunner:
             delivery, token, failure, is_forgiven=is_forgiven, pause_seconds=pause_seconds
         )
         if outcome is SettleOutcome.WAITING:
-            self.settled_tags.add(delivery.tag)
+            self.message_settled(delivery.tag)
         self.observer.given_back(delivery, failure)
         return Verdict.ACKNOWLEDGE if outcome is not SettleOutcome.SETTLED else Verdict.REQUEUE
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import redis
@@ -70,6 +71,7 @@ class WorkerChannel(SharedClientChannel):
     QoS = WorkerQoS
     taker: MessageTaker
     settled_tags: set[str]
+    """Of messages that left the broker with their job's settling and are not acknowledged to Celery yet."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -116,7 +118,7 @@ class WorkerChannel(SharedClientChannel):
         return MORE_AT_ONCE if room is None else max(0, min(MORE_AT_ONCE, room - 1))
 
 
-def install(client: redis.Redis, keys: Keys) -> set[str]:
+def install(client: redis.Redis, keys: Keys) -> Callable[[str], None]:
     """From now on every connection of this process to the broker has such channels.
 
     Args:
@@ -124,9 +126,9 @@ def install(client: redis.Redis, keys: Keys) -> set[str]:
         keys: of the installation, under which kombu's own lie.
 
     Returns:
-        Where the delivery tag goes of a message that a settle script has removed from the broker.
+        To be told, by any thread, the tag of a message that a settle script has removed from the broker.
     """
     WorkerChannel.taker = MessageTaker(client, keys)
     WorkerChannel.settled_tags = set()
     broker_channel.use(WorkerChannel)
-    return WorkerChannel.settled_tags
+    return WorkerChannel.settled_tags.add
