@@ -156,7 +156,7 @@ def model_options(command: Command) -> Command:
 
 
 def engine_options(command: Command) -> Command:
-    """--dtype, --device, --speculative-tokens, --trace-steps and --trace-slow-steps."""
+    """--dtype, --device, --speculative-tokens, --batch-invariant, --trace-steps and --trace-slow-steps."""
     for option in (
         click.option(
             "--trace-slow-steps",
@@ -170,6 +170,13 @@ def engine_options(command: Command) -> Command:
             metavar="RATIO",
             help="Draw this part of the engine's steps (0 to 1), each as a trace of its own, linked to the "
             "jobs that join or leave in it; 0.01 is a good start.  [default: none]",
+        ),
+        click.option(
+            "--batch-invariant",
+            "is_batch_invariant",
+            is_flag=True,
+            help="The same request gives the same tokens whatever else runs, to the last bit of its logits; "
+            "slower, on the CPU only.",
         ),
         click.option(
             "--speculative-tokens",

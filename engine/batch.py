@@ -11,6 +11,8 @@ from torch import Tensor
 from engine.attention import AttentionMetadata
 from engine.scheduler import ScheduledBatch
 
+Integers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInput:
@@ -24,32 +26,63 @@ class ModelInput:
     metadata: AttentionMetadata
 
 
+@dataclass(frozen=True, slots=True)
+class BatchLayout:
+    """The batch's tokens laid out flat, sequence after sequence, in the order of its entries.
+
+    Attributes:
+        starts, lengths: `[num_entries]`: the position of an entry's first token, and how many it has.
+        owners, token_ids, positions, slots: `[num_tokens]`: each token's entry, id, place in its sequence,
+            and slot in the cache.
+        tables: `[num_entries, max_blocks]` int32, padded with 0.
+    """
+
+    starts: Integers
+    lengths: Integers
+    owners: Integers
+    token_ids: Integers
+    positions: Integers
+    slots: Integers
+    tables: np.ndarray[tuple[int, int], np.dtype[np.int32]]
+
+    @classmethod
+    def of(cls, batch: ScheduledBatch, block_size: int) -> BatchLayout:
+        starts = np.array([entry.start for entry in batch.entries], dtype=np.int64)
+        lengths = np.array([entry.num_tokens for entry in batch.entries], dtype=np.int64)
+        tables = _pad_block_tables(batch)
+        owners = np.repeat(np.arange(len(lengths)), lengths)
+        first_tokens = np.cumsum(lengths) - lengths
+        positions = np.arange(len(owners)) + np.repeat(starts - first_tokens, lengths)
+        blocks = tables[owners, positions // block_size].astype(np.int64)
+        slots = blocks * block_size + positions % block_size
+        return cls(starts, lengths, owners, _token_ids(batch), positions, slots, tables)
+
+
 def build_model_input(batch: ScheduledBatch, block_size: int, device: torch.device) -> ModelInput:
-    """Lay the batch's tokens out flat, sequence after sequence, in the order of its entries."""
-    starts = np.array([entry.start for entry in batch.entries], dtype=np.int64)
-    lengths = np.array([entry.num_tokens for entry in batch.entries], dtype=np.int64)
-    query_start = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=query_start[1:])
-    tables = _pad_block_tables(batch)
-    owners = np.repeat(np.arange(len(lengths)), lengths)
-    positions = np.arange(query_start[-1]) + np.repeat(starts - query_start[:-1], lengths)
-    slots = tables[owners, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    layout = BatchLayout.of(batch, block_size)
+    query_start = np.zeros(len(layout.lengths) + 1, dtype=np.int32)
+    np.cumsum(layout.lengths, out=query_start[1:])
+    context_lens = layout.starts + layout.lengths
     return ModelInput(
-        input_ids=_to(device, _token_ids(batch)),
-        positions=_to(device, positions),
+        input_ids=to_device(layout.token_ids, device),
+        positions=to_device(layout.positions, device),
         metadata=AttentionMetadata(
-            query_start=_to(device, query_start.astype(np.int32)),
-            context_lens=_to(device, (starts + lengths).astype(np.int32)),
-            block_tables=_to(device, tables),
-            slot_mapping=_to(device, slots),
-            max_query_len=int(lengths.max()),
-            max_context_len=int((starts + lengths).max()),
-            num_decode_sequences=int((lengths == 1).sum()),
+            query_start=to_device(query_start, device),
+            context_lens=to_device(context_lens.astype(np.int32), device),
+            block_tables=to_device(layout.tables, device),
+            slot_mapping=to_device(layout.slots, device),
+            max_query_len=int(layout.lengths.max()),
+            max_context_len=int(context_lens.max()),
+            num_decode_sequences=int((layout.lengths == 1).sum()),
         ),
     )
 
 
-def _token_ids(batch: ScheduledBatch) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def to_device(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+def _token_ids(batch: ScheduledBatch) -> Integers:
     ids: list[int] = []
     for entry in batch.entries:
         if entry.num_tokens == 1:
@@ -66,7 +99,3 @@ def _pad_block_tables(batch: ScheduledBatch) -> np.ndarray[tuple[int, int], np.d
         table = entry.sequence.block_table
         tables[row, : len(table)] = table
     return tables
-
-
-def _to(device: torch.device, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)

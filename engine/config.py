@@ -33,6 +33,8 @@ class EngineConfig:
             when the same tokens stood before (`speculation.py`). 0 is none; the tokens stay the same.
         keeps_prefixes: Whether full blocks are kept after their requests, for prompts that begin alike.
         num_threads: Threads of the CPU operators; `None` leaves the process as it is.
+        is_batch_invariant: A token's logits are the same to the last bit whatever else is in the batch. Takes
+            native kernels on the CPU, and time.
         kernels: What the ops on the CPU run, for the whole process: `auto` takes native kernels where they
             are built, `native` insists on them, `reference` is plain torch.
     """
@@ -50,6 +52,7 @@ class EngineConfig:
     num_speculative_tokens: int = 0
     num_threads: int | None = None
     kernels: Kernels = "auto"
+    is_batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
@@ -65,6 +68,8 @@ class EngineConfig:
             if getattr(self, field) is not None:
                 _check_positive(field, getattr(self, field))
         _check_count("num_speculative_tokens", self.num_speculative_tokens)
+        if self.is_batch_invariant and self.device != "cpu":
+            raise ConfigError("is_batch_invariant", True, "must be off on any device but the CPU")
         if self.max_num_batched_tokens < self.max_num_sequences:
             raise ConfigError(
                 "max_num_batched_tokens",

@@ -16,6 +16,7 @@ from torch import Tensor
 from cuda_ops.errors import KernelsUnavailableError
 from cuda_ops.native import KernelsInUse, use_kernels
 from engine.admission import ModelInfo, check_request
+from engine.batch_invariant import BatchInvariantRunner, num_spare_blocks
 from engine.beam_progress import BeamProgress
 from engine.block_manager import BlockManager
 from engine.checkpoint import WeightLayout
@@ -87,8 +88,10 @@ class Engine:
             num_speculative_tokens=config.num_speculative_tokens,
         )
         self._decoding = Decoding(self._scheduler, clock)
-        cache = KVCache(shape, self.model_info.num_blocks, device)
-        self._runner = ModelRunner(loaded.model, cache, config.block_size, device)
+        runner = BatchInvariantRunner if config.is_batch_invariant else ModelRunner
+        num_spare = num_spare_blocks(config.block_size) if config.is_batch_invariant else 0
+        cache = KVCache(shape, self.model_info.num_blocks + num_spare, device)
+        self._runner = runner(loaded.model, cache, config.block_size, device)
         self._config = config
         self._observer = observer
         self._clock = clock
@@ -331,6 +334,8 @@ def _choose_kernels(config: EngineConfig, progress: Callable[[str], None] | None
         in_use = use_kernels(config.kernels)
     except KernelsUnavailableError as error:
         raise ConfigError("kernels", config.kernels, f"cannot be had: {error}") from error
+    if config.is_batch_invariant and in_use.level is None:
+        raise ConfigError("is_batch_invariant", True, f"needs native CPU kernels: {in_use.reason}")
     if progress is not None and config.device == "cpu":
         progress(f"CPU kernels: {in_use.level or f'reference in plain torch ({in_use.reason})'}")
     return in_use

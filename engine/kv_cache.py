@@ -48,6 +48,7 @@ class KVCache:
             )
             for _ in range(shape.num_layers)
         ]
+        self.num_blocks = num_blocks
         self._device = device
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:

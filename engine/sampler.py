@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 import cuda_ops
-from engine.sampling import SamplingParams, uniform_draw
+from engine.sampling import MAX_TOP_LOGPROBS, SamplingParams, uniform_draw
 from engine.sequence import Sequence, TokenLogprob
 
 # Sorting a vocabulary is slow; nearly always the first few tokens hold all of top_p.
-_NUCLEUS_SIZES = (64, 1024)
+_NUCLEUS_SIZES = (64, 1024, 8192)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,33 +157,52 @@ def _probabilities(logits: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
 
 
 def _draw_from_nucleus(probabilities: Tensor, rows: SequenceOf[SamplerRow]) -> list[int]:
-    """Keep what min_p, then top_k, then top_p leave, and draw from that."""
-    sorted_probabilities, sorted_ids = _most_probable_enough(probabilities, rows)
-    kept = sorted_probabilities * _is_kept(sorted_probabilities, rows)
-    places = torch.tensor(_invert(kept, rows), device=probabilities.device)
-    token_ids: list[int] = sorted_ids.gather(1, places[:, None]).flatten().tolist()
-    return token_ids
-
-
-def _most_probable_enough(probabilities: Tensor, rows: SequenceOf[SamplerRow]) -> tuple[Tensor, Tensor]:
-    """The head of each row, sorted, long enough to hold all that the row's parameters can keep."""
+    """Draw from the head of each row, the first that is long enough: a row's own affair, not the batch's."""
+    chosen = [0] * len(rows)
+    left = list(range(len(rows)))
     vocab_size = probabilities.shape[-1]
-    for size in _NUCLEUS_SIZES:
-        if size >= vocab_size:
+    for size in (*(size for size in _NUCLEUS_SIZES if size < vocab_size), vocab_size):
+        head, ids = _most_probable(_select(probabilities, left), size)
+        held = _rows_that_hold(head, vocab_size, [rows[index] for index in left])
+        if held:
+            held_rows = [rows[left[place]] for place in held]
+            drawn = _draw_from_head(_select(head, held), _select(ids, held), held_rows)
+            for place, token_id in zip(held, drawn, strict=True):
+                chosen[left[place]] = token_id
+        left = [index for place, index in enumerate(left) if place not in held]
+        if not left:
             break
-        values, ids = probabilities.topk(size)
-        if _holds_nucleus(values, rows, size):
-            return values, ids
+    return chosen
+
+
+def _most_probable(probabilities: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The head of each row, sorted, and where it stood."""
+    if size < probabilities.shape[-1]:
+        return probabilities.topk(size)
     return torch.sort(probabilities, dim=-1, descending=True, stable=True)
 
 
-def _holds_nucleus(values: Tensor, rows: SequenceOf[SamplerRow], size: int) -> bool:
-    largest, smallest = values[:, 0].tolist(), values[:, -1].tolist()
-    totals = values.sum(dim=-1).tolist()
-    return all(
-        _holds_row(row.params, size, first, last, total)
-        for row, first, last, total in zip(rows, largest, smallest, totals, strict=True)
-    )
+def _draw_from_head(head: Tensor, ids: Tensor, rows: SequenceOf[SamplerRow]) -> list[int]:
+    """Keep what min_p, then top_k, then top_p leave, and draw from that."""
+    kept = head * _is_kept(head, rows)
+    places = torch.tensor(_invert(kept, rows), device=head.device)
+    token_ids: list[int] = ids.gather(1, places[:, None]).flatten().tolist()
+    return token_ids
+
+
+def _rows_that_hold(head: Tensor, vocab_size: int, rows: SequenceOf[SamplerRow]) -> list[int]:
+    """Those whose head has all that their parameters can keep."""
+    size = head.shape[-1]
+    if size == vocab_size:
+        return list(range(len(rows)))
+    largest, smallest = head[:, 0].tolist(), head[:, -1].tolist()
+    totals = head.sum(dim=-1).tolist()
+    facts = enumerate(zip(rows, largest, smallest, totals, strict=True))
+    return [
+        place
+        for place, (row, first, last, total) in facts
+        if _holds_row(row.params, size, first, last, total)
+    ]
 
 
 def _holds_row(params: SamplingParams, size: int, largest: float, smallest: float, total: float) -> bool:
@@ -275,7 +294,8 @@ def _score_rows(
     wanted = [index for index, row in enumerate(rows) if row.params.needs_logprobs]
     if not wanted:
         return {}
-    num_top = max(rows[index].params.logprobs or 0 for index in wanted)
+    # The same for all: which of equally probable tokens come first depends on how many are asked for.
+    num_top = min(MAX_TOP_LOGPROBS, logits.shape[-1]) if any(rows[i].params.logprobs for i in wanted) else 0
     entries = score(_select(logits, wanted), [token_ids[index] for index in wanted], num_top)
     return {
         index: TokenLogprob(entry.token_id, entry.logprob, entry.top[: rows[index].params.logprobs or 0])

@@ -74,6 +74,7 @@ def engine_runtime(
         num_speculative_tokens=settings.speculative_tokens,
         num_threads=settings.engine_threads,
         kernels=settings.kernels,
+        is_batch_invariant=settings.batch_invariant,
     )
     steps = StepTracer(settings.step_sampling)
     if settings.engine == "inline":

@@ -41,6 +41,8 @@ class WorkerSettings(BaseSettings):
     """Of the CPU operators; unset leaves it to torch."""
     kernels: Literal["auto", "native", "reference"] = "auto"
     """Of our own operators on the CPU: `native` ones where built (`auto`), or plain torch (`reference`)."""
+    batch_invariant: bool = False
+    """The same request gives the same logits to the last bit whatever else runs; slower, on the CPU only."""
     engine: Literal["process", "inline"] = "process"
     """`inline` runs the engine in the worker itself, for debugging: a crash then costs the worker."""
     engine_start_seconds: float = Field(default=600.0, gt=0)

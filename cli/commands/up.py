@@ -87,6 +87,7 @@ def command(
     trace_steps: float | None,
     trace_slow_steps: float | None,
     speculative_tokens: int | None,
+    is_batch_invariant: bool,
     state_dir: Path,
     grace_seconds: float,
     trace_viewer: bool,
@@ -116,6 +117,7 @@ def command(
         trace_steps,
         trace_slow_steps,
         speculative_tokens,
+        is_batch_invariant,
     )
     stack_options = StackOptions(serve, host, port, num_workers, grace_seconds)
     with ExitStack() as exits:

@@ -38,6 +38,7 @@ def command(
     trace_steps: float | None,
     trace_slow_steps: float | None,
     speculative_tokens: int | None,
+    is_batch_invariant: bool,
 ) -> None:
     """Run one worker: an ordinary Celery worker whose tasks feed one continuously batching engine.
 
@@ -54,6 +55,7 @@ def command(
         trace_steps,
         trace_slow_steps,
         speculative_tokens,
+        is_batch_invariant,
     )
     environ = settings.with_project_importable(settings.environment(serve, os.environ))
     # Celery imports the app with its current folder first on the path, where another `workers` could lie.

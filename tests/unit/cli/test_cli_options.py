@@ -37,6 +37,7 @@ def refusal(*arguments: str) -> str:
         (["up", "--dtype", "int3"], "'--dtype': 'int3' is not one of 'float32', 'bfloat16'"),
         (["up", "--device", "tpu"], "'--device': 'tpu' is not one of 'cpu', 'cuda'"),
         (["up", "--trace-steps", "1.5"], "'--trace-steps': 1.5 is not in the range 0<=x<=1"),
+        (["up", "--speculative-tokens", "65"], "'--speculative-tokens': 65 is not in the range 0<=x<=64"),
         (["worker", "--trace-steps", "nan"], "'--trace-steps': nan is not a finite number"),
         (["worker", "--trace-steps", "few"], "'--trace-steps': 'few' is not a valid number"),
         (["worker", "--trace-slow-steps", "0"], "'--trace-slow-steps': 0.0 is not in the range x>0"),

@@ -35,6 +35,15 @@ def test_step_tracing_reaches_the_worker_and_can_be_turned_off_by_option() -> No
     assert "THROUGHLINE_TRACE_SLOW_STEPS_SECONDS" not in environment(ServeOptions(), variables)
 
 
+def test_speculation_and_batch_invariance_reach_the_worker_only_where_they_are_asked_for() -> None:
+    made = environment(ServeOptions(speculative_tokens=0, is_batch_invariant=True), {})
+
+    assert made["THROUGHLINE_SPECULATIVE_TOKENS"] == "0"
+    assert made["THROUGHLINE_BATCH_INVARIANT"] == "true"
+    names = {"THROUGHLINE_SPECULATIVE_TOKENS", "THROUGHLINE_BATCH_INVARIANT"}
+    assert not names & set(environment(ServeOptions(), {}))
+
+
 @pytest.mark.parametrize(
     ("options", "base", "names"),
     [
