@@ -30,5 +30,7 @@ def use(channel_class: type[Any]) -> None:
     """Every connection that this process makes to a Redis broker from now on has such channels."""
     kombu_redis.Transport.Channel = channel_class
     # Sentinel's transport has channels of its own kind, which find the primary; ours come before them.
-    name, bases = f"Sentinel{channel_class.__name__}", (channel_class, kombu_redis.SentinelChannel)
+    own, sentinel = (channel_class,), (kombu_redis.SentinelChannel,)
+    name = f"Sentinel{channel_class.__name__}"
+    bases = sentinel if issubclass(kombu_redis.SentinelChannel, channel_class) else own + sentinel
     setattr(kombu_redis.SentinelTransport, "Channel", type(name, bases, {}))  # noqa: B010  # typed as one class
