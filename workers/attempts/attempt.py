@@ -232,8 +232,10 @@ class AttemptRunner:
         if not run.items.outcomes:
             return
         with self.observer.reporting(run.delivery):
-            if not run.items.are_many or self._insist(partial(self._store_items, run), max_tries=3):
-                self._tell_items(run, received_at_ns)
+            if run.items.are_many:
+                self._insist(partial(self._store_items, run), max_tries=3)
+                run.items.forget_unstored()
+            self._tell_items(run, received_at_ns)
 
     def _store_some_items(self, run: _Run) -> None:
         run.items.take()
@@ -263,7 +265,7 @@ class AttemptRunner:
 
     def _tell_items(self, run: _Run, received_at_ns: int) -> None:
         """An attempt tells of the items that it ran, not of those before it."""
-        if run.items.generation is None:
+        if run.items.generation is None or not run.items.outcomes:
             return
         hand_over = HandOver(run.asked_at_ns, received_at_ns)
         outcomes, traced = run.items.outcomes, run.items.generation.traced

@@ -33,6 +33,7 @@ class Items:
         self._num = len(request.prompts)
         self._results = {index: item for index, item in stored.items() if not _may_be_tried_again(item)}
         self._unstored: dict[int, ItemResult] = {}
+        self._num_taken = 0
         self.are_many = self._num > 1
         self.missing = tuple(index for index in range(self._num) if index not in self._results)
         self.generation: Generation | None = None
@@ -43,7 +44,8 @@ class Items:
         if self.generation is None:
             return
         places = dict(zip(self.generation.request_ids, self.missing, strict=True))
-        for outcome in self.generation.ended[len(self.outcomes) :]:
+        for outcome in self.generation.ended[self._num_taken :]:
+            self._num_taken += 1
             index = places[outcome.request_id]
             self.outcomes[index] = outcome
             self._results[index] = self._unstored[index] = item_result(outcome)
@@ -59,6 +61,12 @@ class Items:
 
     def are_stored(self) -> None:
         """What `unstored` held is in the store."""
+        self._unstored.clear()
+
+    def forget_unstored(self) -> None:
+        """Another attempt will run it."""
+        for index in self._unstored:
+            del self.outcomes[index], self._results[index]
         self._unstored.clear()
 
     @property

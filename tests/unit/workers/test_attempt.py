@@ -5,12 +5,14 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 from opentelemetry.context import Context
 
 from engine.outputs import Completion, FinishReason, RequestFailure, RequestOutput, Usage
 from engine.stats import PhaseInterval, RequestPhases, StepStats
+from jobs.errors import StoreUnavailable
 from jobs.memory_store import MemoryStore
 from jobs.model import Failure, ItemCounts, Job, JobId, JobRequest, Prompt, WorkerId, new_lease_token
 from jobs.states import JobState
@@ -273,6 +275,32 @@ async def test_items_that_ended_before_their_attempt_did_are_not_run_again(
     assert waiting.items == ItemCounts(total=4, completed=2, failed=0)
     assert bench.runtime.asked == [(10, 11, 12, 13), (12, 13)]
     assert (await bench.read(id)).state is JobState.COMPLETED
+
+
+async def test_items_that_could_not_be_stored_are_told_by_the_attempt_that_runs_them_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[int, ...]] = []
+
+    def generated(_self: AttemptObserver, *arguments: Any) -> None:
+        told.append(tuple(arguments[3]))
+
+    def unavailable(*_: object, **__: object) -> bool:
+        raise StoreUnavailable("away")
+
+    monkeypatch.setattr(AttemptObserver, "generated", generated)
+    bench.runner.is_stopping.set()  # no patience
+    bench.runtime.ends = lambda request: output(request.id) if request.prompt_token_ids[0] < 12 else None
+    bench.runtime.error = EngineLost("engine_crashed", "signal 9")
+    id = await bench.create(request=many_prompts(4))
+    with monkeypatch.context() as context:
+        context.setattr(bench.store, "keep", unavailable)
+        bench.deliver(id)
+
+    bench.runtime.error, bench.runtime.ends = None, lambda request: output(request.id)
+    bench.deliver(id)
+
+    assert told == [(0, 1, 2, 3)]
 
 
 async def test_job_whose_items_had_all_ended_is_settled_without_a_run(bench: Bench) -> None:
