@@ -108,7 +108,7 @@ def measure(folder: Path, num_texts: int, num_tokens: int) -> dict[str, Cost]:
 def write_texts(folder: Path, num_texts: int, num_tokens: int) -> list[list[int]]:
     """Let the float32 model write; each text begins with a token of its own."""
     engine = Engine.from_config(EngineConfig(model=str(folder), dtype="float32", kv_cache_bytes=1 << 28))
-    starts = torch.randint(10, engine.info.vocab_size, (num_texts,)).tolist()
+    starts = torch.randint(10, engine.model_info.vocab_size, (num_texts,)).tolist()
     for seed, start in enumerate(starts):
         params = SamplingParams(max_tokens=num_tokens - 1, temperature=1.0, seed=seed, ignore_eos=True)
         engine.add_request(str(seed), [start], params)
