@@ -17,21 +17,22 @@ from api.intake import Intake, IntakeLimits
 from api.measure import SILENT, ApiMetrics, QueueWatch
 from api.prompts import Prompts
 from api.settings import ApiSettings
-from api.submission import Submission, SubmissionLimits
+from api.submission import Submission
 from api.trace_link import TraceLinks
 from api.waiting import READ_SECONDS, ReplyReader
 from jobs.backlog import BacklogReader, RedisBacklog
 from jobs.clock import Clock, SystemClock
 from jobs.errors import StoreUnavailable
+from jobs.message import MessageMaker
 from jobs.model import ReplicaId
-from jobs.queue import CeleryPublisher, Publisher, create_celery
+from jobs.queue import create_celery
 from jobs.redis_connection import connect_async, connect_reader
 from jobs.redis_registry import RedisModelDirectory
-from jobs.redis_store import RedisSubmissionStore
+from jobs.redis_store import RedisReplyStream, RedisSubmissionStore
 from jobs.registry import ModelDirectory
 from jobs.schedule import AsyncSchedule, RedisAsyncSchedule
 from jobs.settings import JobsSettings
-from jobs.store import SubmissionStore
+from jobs.store import ReplyStream, SubmissionStore
 
 FORGET_SECONDS = 1.0
 
@@ -41,10 +42,9 @@ class Backends:
     """The outside world of the API."""
 
     store: SubmissionStore
-    reply_stream: SubmissionStore
-    """The same store over a connection of the reply reader's own."""
+    reply_stream: ReplyStream
+    """Of the same store, over a connection of its own."""
     directory: ModelDirectory
-    publisher: Publisher
     clock: Clock
     schedule: AsyncSchedule
     backlog: BacklogReader | None = None
@@ -82,17 +82,15 @@ def redis_backends(settings: JobsSettings) -> Connect:
     @asynccontextmanager
     async def connect() -> AsyncIterator[Backends]:
         client = connect_async(settings)
-        publisher = CeleryPublisher(create_celery(settings))
-        with suppress(StoreUnavailable):  # then the first request to come makes the connection
-            await asyncio.to_thread(publisher.connect)
+        clock = SystemClock()
+        messages = MessageMaker(create_celery(settings), clock)
         reading = connect_reader(settings, block_seconds=READ_SECONDS)
         try:
             yield Backends(
-                store=RedisSubmissionStore(client, settings),
-                reply_stream=RedisSubmissionStore(reading, settings),
+                store=RedisSubmissionStore(client, settings, messages),
+                reply_stream=RedisReplyStream(reading, settings),
                 directory=RedisModelDirectory(client, settings),
-                publisher=publisher,
-                clock=SystemClock(),
+                clock=clock,
                 schedule=RedisAsyncSchedule(client, settings),
                 backlog=RedisBacklog(client, settings),
             )
@@ -137,11 +135,6 @@ def _build(settings: ApiSettings, backends: Backends, metrics: ApiMetrics) -> Se
         max_sequences=settings.max_sequences,
         max_attempts=settings.max_attempts,
     )
-    submission_limits = SubmissionLimits(
-        max_open_jobs=settings.max_open_jobs,
-        publish_threads=settings.publish_threads,
-        publish_timeout_seconds=settings.publish_timeout_seconds,
-    )
     return Services(
         settings=settings,
         clock=backends.clock,
@@ -149,7 +142,9 @@ def _build(settings: ApiSettings, backends: Backends, metrics: ApiMetrics) -> Se
         store=backends.store,
         catalog=catalog,
         intake=Intake(catalog, Prompts(backends.directory), backends.clock, intake_limits),
-        submission=Submission(backends.store, backends.publisher, backends.clock, submission_limits, metrics),
-        replies=ReplyReader(backends.store, ReplicaId(f"api-{uuid4().hex}"), stream=backends.reply_stream),
+        submission=Submission(
+            backends.store, backends.clock, max_open_jobs=settings.max_open_jobs, metrics=metrics
+        ),
+        replies=ReplyReader(backends.store, backends.reply_stream, ReplicaId(f"api-{uuid4().hex}")),
         trace_links=TraceLinks(settings.trace_url_template),
     )

@@ -35,8 +35,5 @@ class ApiSettings(BaseSettings):
     """How long POST /v1/completions waits before it answers 504."""
     long_poll_seconds: float = Field(default=60.0, gt=0.0, le=3600.0)
     """The most that `wait=n` on a job is given."""
-    publish_threads: int = Field(default=4, ge=1, le=128)
-    publish_timeout_seconds: float = Field(default=10.0, gt=0.0)
-    """From asking for a thread to the broker's answer; beyond it 503."""
     trace_url_template: Annotated[str, AfterValidator(checked_template)] | None = None
     """Page of a trace, with {trace_id} in its place; replies and errors then link to it."""

@@ -17,7 +17,7 @@ from enum import Enum
 
 from jobs.errors import StoreUnavailable
 from jobs.model import JobId, ReplicaId
-from jobs.store import SubmissionStore
+from jobs.store import ReplyStream, SubmissionStore
 
 READ_SECONDS = 2.0
 """How long one read waits for news; under the store's socket timeout."""
@@ -45,16 +45,14 @@ class ReplyReader:
 
     Args:
         store: for watching jobs.
+        stream: of the same store, over a connection that tells of every cut.
         replica: whose reply stream it is.
-        stream: for the blocking read alone, over a connection that tells of every cut; `store` when left out.
     """
 
-    def __init__(
-        self, store: SubmissionStore, replica: ReplicaId, *, stream: SubmissionStore | None = None
-    ) -> None:
+    def __init__(self, store: SubmissionStore, stream: ReplyStream, replica: ReplicaId) -> None:
         self.replica = replica
         self._store = store
-        self._stream = stream if stream is not None else store
+        self._stream = stream
         self._waiters: dict[JobId, set[Ending]] = {}
         self._expected_at: dict[JobId, float] = {}
 

@@ -37,9 +37,11 @@ from benchmarks.noop.http_client import HttpConnection
 from benchmarks.noop.stack import Process, Stack, running_stack
 from engine import builtin
 from jobs import broker_channel
+from jobs.clock import SystemClock
 from jobs.keys import Keys
+from jobs.message import MessageMaker
 from jobs.model import JobRequest, NewJob, Prompt, new_job_id
-from jobs.queue import CeleryPublisher, create_celery
+from jobs.queue import create_celery
 from jobs.redis_connection import connect_async
 from jobs.redis_store import RedisSubmissionStore
 from jobs.registry import queue_name
@@ -139,19 +141,16 @@ def drain(stack: Stack, arguments: argparse.Namespace, report: Report) -> None:
 
 
 def fill_ours(stack: Stack, num_jobs: int) -> None:
-    publisher = CeleryPublisher(create_celery(stack.settings))
-    for job in asyncio.run(store_jobs(stack, num_jobs)):
-        publisher.publish(job.id, job.queue, enqueued_at_ns=time.time_ns())
+    asyncio.run(submit_jobs(stack, num_jobs))
 
 
-async def store_jobs(stack: Stack, num_jobs: int) -> list[NewJob]:
+async def submit_jobs(stack: Stack, num_jobs: int) -> None:
     client = connect_async(stack.settings)
-    store = RedisSubmissionStore(client, stack.settings)
-    jobs = [new_job() for _ in range(num_jobs)]
-    for job in jobs:
-        await store.create(job, max_open=MAX_OPEN)
+    messages = MessageMaker(create_celery(stack.settings), SystemClock())
+    store = RedisSubmissionStore(client, stack.settings, messages)
+    for _ in range(num_jobs):
+        await store.create(new_job(), max_open=MAX_OPEN)
     await client.aclose()
-    return jobs
 
 
 def new_job() -> NewJob:

@@ -26,6 +26,12 @@ class SharedClientChannel(_Channel):  # type: ignore[misc]  # kombu is untyped
         return self._create_client()
 
 
+def share_clients() -> None:
+    """As `use`, unless this process's channels do so already: a worker has its own."""
+    if not issubclass(kombu_redis.Transport.Channel, SharedClientChannel):
+        use(SharedClientChannel)
+
+
 def use(channel_class: type[Any]) -> None:
     """Every connection that this process makes to a Redis broker from now on has such channels."""
     kombu_redis.Transport.Channel = channel_class

@@ -49,7 +49,7 @@ class Ledger:
     def is_short(self) -> bool:
         """More jobs are open than messages exist and wait for their time. Cheap: counts only.
 
-        Short for a moment is normal: a job is stored before it is published.
+        Short for a moment is normal: a worker pops a message before it enters it as held.
         """
         with store_errors():
             queues = self._queues()

@@ -55,7 +55,7 @@ _UNENDED = {
 
 @dataclass
 class MemoryStore:
-    """`SubmissionStore`, `AttemptStore`, `ModelDirectory`, `ModelAnnouncer` and `Publisher` in one."""
+    """Both halves of the store, `ReplyStream`, `ModelDirectory`, `ModelAnnouncer` and `Publisher` in one."""
 
     result_ttl_seconds: int = 24 * 3600
     published: list[tuple[JobId, str]] = field(default_factory=list)
@@ -77,6 +77,8 @@ class MemoryStore:
 
     async def create(self, job: NewJob, *, max_open: int) -> Created:
         with self._lock:
+            if job.id in self._records:
+                return Created(job.id, replayed=False)
             if job.idempotency_key and (earlier := self._idempotency.get(job.idempotency_key)):
                 if earlier[1] != (job.fingerprint or ""):
                     raise IdempotencyMismatch(
@@ -90,18 +92,8 @@ class MemoryStore:
             ledger[job.id] = job.created_at
             if job.idempotency_key:
                 self._idempotency[job.idempotency_key] = (job.id, job.fingerprint or "")
+            self.published.append((job.id, job.queue))
             return Created(job.id, replayed=False)
-
-    async def discard(self, id: JobId) -> bool:
-        with self._lock:
-            record = self._records.get(id)
-            if record is None or record["state"] != JobState.QUEUED or record["attempts"] != "0":
-                return False
-            self._open[record["queue"]].pop(id, None)
-            self._idempotency.pop(record.get("idempotency_key", ""), None)
-            self._items.pop(id, None)
-            del self._records[id]
-            return True
 
     async def get(self, id: JobId, *, with_result: bool = False) -> Job | None:
         with self._lock:
@@ -153,10 +145,6 @@ class MemoryStore:
     async def forget_replica(self, replica: ReplicaId) -> None:
         with self._lock:
             self._streams.pop(f"replies:{replica}", None)
-
-    async def count_open(self, queue: str) -> int:
-        with self._lock:
-            return len(self._open.get(queue, {}))
 
     async def ping(self) -> None:
         return None

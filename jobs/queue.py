@@ -11,10 +11,8 @@ from typing import Any, Protocol
 from celery import Celery
 from kombu.entity import Queue
 from kombu.exceptions import OperationalError
-from kombu.transport import redis as kombu_redis
 
 from jobs import broker_channel, redis_url
-from jobs.broker_channel import SharedClientChannel
 from jobs.errors import StoreUnavailable
 from jobs.model import JobId
 from jobs.sent_events import SentEvents
@@ -76,7 +74,7 @@ def declare_queue(name: str) -> Queue:
 
 
 class Publisher(Protocol):
-    """Puts a stored job's message into the broker; blocking, to be called from a thread."""
+    """Puts the message of a stored job into the broker again; blocking, to be called from a thread."""
 
     def publish(self, id: JobId, queue: str, *, enqueued_at_ns: int) -> None:
         """Returns once the broker holds the message.
@@ -94,35 +92,15 @@ class CeleryPublisher:
     """
 
     def __init__(self, app: Celery) -> None:
-        if not issubclass(kombu_redis.Transport.Channel, SharedClientChannel):  # a worker has its own
-            broker_channel.use(SharedClientChannel)
-        self._app: Any = app
-        self._task = app.tasks[GENERATE] if GENERATE in app.tasks else declare_generate(app)
+        broker_channel.share_clients()
+        self._task = declare_generate(app)
         self._events = SentEvents(app)
-
-    def connect(self) -> None:
-        """Set the broker's connection up, so that the first message does not wait 0.1 s for it.
-
-        Raises:
-            StoreUnavailable: nothing is lost; publishing connects by itself.
-        """
-        try:
-            with self._app.producer_or_acquire() as producer:
-                producer.connection.ensure_connection(max_retries=1)
-                producer.channel  # noqa: B018  # made on first access
-        except (OperationalError, OSError, TimeoutError) as error:
-            raise StoreUnavailable(f"the broker did not answer: {type(error).__name__}") from error
 
     def publish(self, id: JobId, queue: str, *, enqueued_at_ns: int) -> None:
         try:
             self._task.apply_async(
-                (id,),
-                task_id=id,
-                queue=queue,
-                headers={ENQUEUED_AT_HEADER: enqueued_at_ns},
+                **message_options(id, queue, enqueued_at_ns=enqueued_at_ns),
                 event_dispatcher=self._events,
-                argsrepr=f"('{id}',)",  # celery would find out by itself, for any type and at a price
-                kwargsrepr="{}",
                 retry=True,
                 retry_policy={"max_retries": 1, "interval_start": 0.1, "interval_max": 0.2},
             )
@@ -130,8 +108,22 @@ class CeleryPublisher:
             raise StoreUnavailable(f"the broker did not take the message: {type(error).__name__}") from error
 
 
+def message_options(id: JobId, queue: str, *, enqueued_at_ns: int) -> dict[str, Any]:
+    """What a job's message consists of, as keyword arguments of `apply_async`."""
+    return {
+        "args": (id,),
+        "task_id": id,
+        "queue": queue,
+        "headers": {ENQUEUED_AT_HEADER: enqueued_at_ns},
+        "argsrepr": f"('{id}',)",  # celery would find out by itself, for any type and at a price
+        "kwargsrepr": "{}",
+    }
+
+
 def declare_generate(app: Celery) -> Any:
-    """The task as its publisher sees it: a name and a signature."""
+    """The task as its publisher sees it, a name and a signature, unless the app has it: a worker's has."""
+    if GENERATE in app.tasks:
+        return app.tasks[GENERATE]
 
     @app.task(name=GENERATE, ignore_result=True)  # type: ignore[untyped-decorator]  # celery's
     def generate(job_id: str) -> None:

@@ -12,6 +12,7 @@ from jobs import scripts
 from jobs.errors import IdempotencyMismatch, QueueFull
 from jobs.gathered_scripts import GatheredScripts
 from jobs.keys import Keys
+from jobs.message import MessageMaker
 from jobs.model import Failure, ItemResult, Job, JobId, LeaseToken, NewJob, ReplicaId, WorkerId
 from jobs.record import (
     JOB_FIELDS,
@@ -46,12 +47,12 @@ ITEMS_PER_SCRIPT = 500
 class RedisSubmissionStore:
     """`jobs.store.SubmissionStore` over one asyncio client."""
 
-    def __init__(self, client: redis.asyncio.Redis, settings: JobsSettings) -> None:
+    def __init__(self, client: redis.asyncio.Redis, settings: JobsSettings, messages: MessageMaker) -> None:
         self._client = client
+        self._messages = messages
         self._keys = Keys(settings.key_prefix)
         self._ttl = settings.result_ttl_seconds
         self._create = client.register_script(scripts.source("create"))
-        self._discard = client.register_script(scripts.source("discard"))
         self._cancel = client.register_script(scripts.source("cancel"))
         self._watch = client.register_script(scripts.source("watch"))
 
@@ -68,15 +69,16 @@ class RedisSubmissionStore:
             job.fingerprint or "",
             self._ttl,
         ]
+        message = self._messages.make(job.id, job.queue)
         with store_errors():
             reply = await self._create(
-                keys=[job_key, keys.open(job.queue), idempotency], args=[*head, *fields]
+                keys=[job_key, keys.open(job.queue), idempotency, keys.broker_queue(job.queue)[0]],
+                args=[*head, message.payload, *fields],
             )
-        return _created(job, reply, max_open)
-
-    async def discard(self, id: JobId) -> bool:
-        with store_errors():
-            return bool(await self._discard(keys=[self._keys.job(id)], args=[self._keys.prefix, id]))
+        created = _created(job, reply, max_open)
+        if not created.replayed:
+            self._messages.tell_sent(message)
+        return created
 
     async def get(self, id: JobId, *, with_result: bool = False) -> Job | None:
         names = [*JOB_FIELDS, "result"] if with_result else [*JOB_FIELDS]
@@ -97,6 +99,25 @@ class RedisSubmissionStore:
             state = await self._watch(keys=[self._keys.job(id)], args=[replica])
         return JobState(state) if state else None
 
+    async def forget_replica(self, replica: ReplicaId) -> None:
+        with store_errors():
+            await self._client.delete(self._keys.replies(replica))
+
+    async def ping(self) -> None:
+        with store_errors():
+            await self._client.ping()
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
+class RedisReplyStream:
+    """`jobs.store.ReplyStream` over an asyncio client that does nothing else, for it blocks."""
+
+    def __init__(self, client: redis.asyncio.Redis, settings: JobsSettings) -> None:
+        self._client = client
+        self._keys = Keys(settings.key_prefix)
+
     async def read_replies(self, replica: ReplicaId, after: str, *, block_seconds: float) -> list[Reply]:
         stream = self._keys.replies(replica)
         with store_errors():
@@ -107,21 +128,6 @@ class RedisSubmissionStore:
             Reply(position=position, id=JobId(entry["id"]), state=JobState(entry["state"]))
             for position, entry in _entries(reply)
         ]
-
-    async def forget_replica(self, replica: ReplicaId) -> None:
-        with store_errors():
-            await self._client.delete(self._keys.replies(replica))
-
-    async def count_open(self, queue: str) -> int:
-        with store_errors():
-            return int(await self._client.zcard(self._keys.open(queue)))
-
-    async def ping(self) -> None:
-        with store_errors():
-            await self._client.ping()
-
-    async def close(self) -> None:
-        await self._client.aclose()
 
 
 class RedisAttemptStore:

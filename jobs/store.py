@@ -65,18 +65,14 @@ class SubmissionStore(Protocol):
     """The API's half. Every method raises `StoreUnavailable` when the store does not answer."""
 
     async def create(self, job: NewJob, *, max_open: int) -> Created:
-        """Write the job and its ledger entry, or neither.
+        """Write the job, its ledger entry and its message in the broker, or none of them.
 
-        The job is not yet in the broker: publish it next, and `discard` it when that fails.
+        Safe to repeat with the same job: the second call changes nothing.
 
         Raises:
             QueueFull: the ledger of the job's queue holds `max_open` jobs.
             IdempotencyMismatch: the key came before with another fingerprint.
         """
-        ...
-
-    async def discard(self, id: JobId) -> bool:
-        """Remove a job that was never published. False when a worker has seen it: then it is kept."""
         ...
 
     async def get(self, id: JobId, *, with_result: bool = False) -> Job | None: ...
@@ -90,15 +86,17 @@ class SubmissionStore(Protocol):
         """
         ...
 
+    async def forget_replica(self, replica: ReplicaId) -> None: ...
+
+    async def ping(self) -> None: ...
+
+
+class ReplyStream(Protocol):
+    """What an API replica is told of the jobs that it watches; raises as `SubmissionStore`."""
+
     async def read_replies(self, replica: ReplicaId, after: str, *, block_seconds: float) -> list[Reply]:
         """The moves told to `replica` after a position ("0" is the start), waiting up to `block_seconds`."""
         ...
-
-    async def forget_replica(self, replica: ReplicaId) -> None: ...
-
-    async def count_open(self, queue: str) -> int: ...
-
-    async def ping(self) -> None: ...
 
 
 class ClaimOutcome(StrEnum):

@@ -12,6 +12,7 @@ outside:
     send_task ──▶ before_task_publish     span opens, context goes into the headers
         │                                 (kept as it is where the message already has one)
         └─ returns or raises ───────────▶ span ends, always in the caller's thread
+                                           (inside `sending`: with that block)
     task_prerun ──▶ body ──▶ task_failure, task_retry ──▶ task_postrun
 """
 
@@ -87,6 +88,37 @@ def publishing_again(creation: Context) -> Iterator[None]:
         context_api.detach(token)
 
 
+class Sending:
+    """The messages made in a block of `sending`."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+
+    def withdraw(self) -> None:
+        """None of them was sent: their spans never end, so that nobody hears of them."""
+        self.spans.clear()
+
+
+@contextmanager
+def sending() -> Iterator[Sending]:
+    """Messages are made inside, on a channel that keeps them, and sent before the block is left.
+
+    Their `send` spans last as long, with the error that leaves it; current they are only while made.
+    """
+    block = Sending()
+    token = _sending.set(block)
+    try:
+        yield block
+    except BaseException as error:
+        for span in block.spans:
+            _set_error(span, error)
+        raise
+    finally:
+        _sending.reset(token)
+        for span in block.spans:
+            span.end()
+
+
 @dataclass
 class _Publish:
     """One call of `send_task`; `span` and `activation` are there from `before_task_publish` on."""
@@ -98,12 +130,17 @@ class _Publish:
 
     def open(self, span: Span) -> None:
         self.span = span
-        self.activation = trace.use_span(span, end_on_exit=True)
+        self.activation = trace.use_span(span)
         self.activation.__enter__()
 
     def close(self) -> None:
-        if self.activation is not None:
-            self.activation.__exit__(None, None, None)
+        if self.activation is None:
+            return
+        self.activation.__exit__(None, None, None)
+        if (block := _sending.get()) is not None:
+            block.spans.append(self.span)
+        else:
+            self.span.end()
 
 
 @dataclass
@@ -118,6 +155,7 @@ class _Delivery:
 
 
 _publish: ContextVar[_Publish | None] = ContextVar("throughline_publish", default=None)
+_sending: ContextVar[Sending | None] = ContextVar("throughline_sending", default=None)
 _deliveries: ContextVar[tuple[_Delivery, ...]] = ContextVar("throughline_deliveries", default=())
 """Innermost last: a task may run another one in place, by `apply`."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,10 +11,13 @@ from typing import Any
 
 import pytest
 
+from jobs.clock import SystemClock
+from jobs.errors import StoreUnavailable
 from jobs.keys import Keys
 from jobs.ledger import Ledger
-from jobs.model import Failure, JobId, LeaseToken, WorkerId, new_job_id
-from jobs.queue import CeleryPublisher, create_celery
+from jobs.message import MessageMaker
+from jobs.model import Failure, JobId, LeaseToken, NewJob, WorkerId, new_job_id
+from jobs.queue import ENQUEUED_AT_HEADER, CeleryPublisher, create_celery
 from jobs.redis_connection import connect, connect_async
 from jobs.redis_store import RedisAttemptStore, RedisSubmissionStore
 from jobs.schedule import RedisSchedule
@@ -33,7 +37,9 @@ class Broker:
 
     def __post_init__(self) -> None:
         self.keys = Keys(self.settings.key_prefix)
-        self._publisher = CeleryPublisher(create_celery(self.settings))
+        app = create_celery(self.settings)
+        self._publisher = CeleryPublisher(app)
+        self._messages = MessageMaker(app, SystemClock())
         self._taker = MessageTaker(self.client, self.keys)
 
     def publish(self, queue: str, count: int) -> list[JobId]:
@@ -41,6 +47,18 @@ class Broker:
         for id in ids:
             self._publisher.publish(id, queue, enqueued_at_ns=1)
         return ids
+
+    def create(self, *jobs: NewJob) -> None:
+        """As the API does it: each job and its message in one act."""
+
+        async def create_all() -> None:
+            client = connect_async(self.settings)
+            async with client:
+                store = RedisSubmissionStore(client, self.settings, self._messages)
+                for job in jobs:
+                    await store.create(job, max_open=10)
+
+        asyncio.run(create_all())
 
     def take(self, *, max_more: int) -> list[str]:
         """Pop one message of FIRST as kombu does, and more with it; the job ids, in the order of delivery."""
@@ -53,15 +71,8 @@ class Broker:
     def claimed(self, store: RedisAttemptStore) -> tuple[JobId, LeaseToken, str]:
         """A job that a worker has at work: its id, lease token and its message's delivery tag."""
         job, token = new_job(queue=FIRST), LeaseToken("ours")
-
-        async def create() -> None:
-            client = connect_async(self.settings)
-            await RedisSubmissionStore(client, self.settings).create(job, max_open=10)
-            await client.aclose()
-
-        asyncio.run(create())
+        self.create(job)
         store.claim(job.id, token, WorkerId("w"), now=NOW, lease_seconds=9)
-        self._publisher.publish(job.id, FIRST, enqueued_at_ns=1_800_000_000_123_456_789)
         self.take(max_more=0)
         (tag,) = self.held()
         return job.id, token, tag
@@ -98,6 +109,51 @@ def test_taken_messages_are_held_in_kombus_layout_when_more_are_taken_than_were_
         info = message["properties"]["delivery_info"]
         assert (tag, routing_key) == (message["properties"]["delivery_tag"], FIRST)
         assert exchange in ("", info["exchange"])
+
+
+def test_message_of_a_created_job_has_kombus_own_layout(broker: Broker) -> None:
+    """Any worker can take it, and any kombu restore it."""
+    job, published = new_job(queue=FIRST), broker.publish(FIRST, 1)[0]
+    broker.create(job)
+
+    theirs, ours = (json.loads(broker.client.rpop(broker.keys.broker_queue(FIRST)[0])) for _ in range(2))
+
+    assert (ours["headers"]["id"], theirs["headers"]["id"]) == (job.id, published)
+    assert base64.b64decode(ours["body"]) == base64.b64decode(theirs["body"]).replace(
+        published.encode(), job.id.encode()
+    )
+    for message, id in ((ours, job.id), (theirs, published)):
+        assert message["headers"].pop(ENQUEUED_AT_HEADER)
+        assert message["properties"].pop("delivery_tag")
+        del message["body"]
+        assert id in json.dumps(message)
+    assert json.dumps(ours).replace(job.id, published) == json.dumps(theirs)
+
+
+@pytest.mark.parametrize(
+    ("refuse", "allow"),
+    [
+        (["CONFIG", "SET", "maxmemory", "1mb"], ["CONFIG", "SET", "maxmemory", "0"]),
+        (["REPLICAOF", "127.0.0.1", "1"], ["REPLICAOF", "NO", "ONE"]),
+        (["ACL", "SETUSER", "default", "-lpush"], ["ACL", "SETUSER", "default", "+lpush"]),
+    ],
+    ids=["full", "read-only", "no right to push"],
+)
+def test_redis_that_refuses_a_job_keeps_nothing_of_it(
+    broker: Broker, refuse: list[str], allow: list[str]
+) -> None:
+    """A script is not undone where it fails, so what may be refused must be its first word."""
+    job = new_job(queue=FIRST, idempotency_key="k", fingerprint="f", expires_at=NOW + 60)
+
+    broker.client.execute_command(*refuse)
+    with pytest.raises(StoreUnavailable):
+        broker.create(job)
+    left = broker.client.keys("*")
+    broker.client.execute_command(*allow)
+
+    assert left == []
+    broker.create(job)
+    assert broker.num_queued(FIRST) == 1
 
 
 def test_queues_take_turns_when_more_is_taken(broker: Broker) -> None:
@@ -148,7 +204,8 @@ def test_message_of_a_job_that_waits_is_kept_and_comes_back_as_it_was_but_redeli
     assert back == held
 
 
-def test_task_sent_events_arrive_together_when_several_jobs_are_published(broker: Broker) -> None:
+@pytest.mark.parametrize("by_api", [True, False])
+def test_task_sent_events_arrive_together_when_several_jobs_are_sent(broker: Broker, by_api: bool) -> None:
     """Celery's own receiver, as Flower has it, reads what was gathered."""
     app = create_celery(broker.settings)
     heard: list[str] = []
@@ -161,7 +218,12 @@ def test_task_sent_events_arrive_together_when_several_jobs_are_published(broker
         receiver = app.events.Receiver(connection, handlers={"task-sent": hear})
         listening = receiver.itercapture(limit=None, timeout=10, wakeup=False)
         next(listening)  # subscribed
-        ids = broker.publish(FIRST, 3)
+        if by_api:
+            jobs = [new_job(queue=FIRST) for _ in range(3)]
+            broker.create(*jobs)
+            ids = [job.id for job in jobs]
+        else:
+            ids = broker.publish(FIRST, 3)
         for _ in listening:
             pass
 

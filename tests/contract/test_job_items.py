@@ -135,7 +135,7 @@ async def test_nothing_is_kept_of_a_job_that_has_ended(stores: Stores) -> None:
     assert job.usage == Usage(prompt_tokens=6, completion_tokens=4, cached_tokens=2)
 
 
-@pytest.mark.parametrize("end", ["settled", "cancelled", "expired", "exhausted", "discarded"])
+@pytest.mark.parametrize("end", ["settled", "cancelled", "expired", "exhausted"])
 async def test_items_kept_apart_are_gone_with_the_end_of_their_job(stores: Stores, end: str) -> None:
     id = await submit(stores, max_attempts=1, expires_at=NOW + 100 if end == "expired" else None)
     token, _ = claim(stores, id)
@@ -148,9 +148,6 @@ async def test_items_kept_apart_are_gone_with_the_end_of_their_job(stores: Store
         case "cancelled":
             stores.worker.release(id, token, now=NOW + 2)
             await stores.api.cancel(id, now=NOW + 3)
-        case "discarded":
-            stores.worker.release(id, token, now=NOW + 2)
-            await stores.api.discard(id)
         case _:
             stores.worker.release(id, token, now=NOW + 2, failure=CRASH)
             claim(stores, id, now=NOW + 200)

@@ -95,9 +95,10 @@ async def test_settling_makes_room_in_a_full_queue(stores: Stores) -> None:
     id = await submit(stores)
     stores.worker.settle(id, claim(stores, id), completed(), now=NOW + 2)
 
-    await stores.api.create(new_job(), max_open=1)
+    job = new_job()
+    await stores.api.create(job, max_open=1)
 
-    assert await stores.api.count_open(new_job().queue) == 1
+    assert stores.open(job.queue) == {job.id}
 
 
 async def test_same_idempotency_key_and_body_gives_the_first_job_again(stores: Stores) -> None:
@@ -119,23 +120,37 @@ async def test_same_idempotency_key_with_another_body_is_refused(stores: Stores)
         await stores.api.create(new_job(idempotency_key="k", fingerprint="g"), max_open=10)
 
 
-async def test_discard_removes_an_unpublished_job_and_frees_its_key(stores: Stores) -> None:
-    job = new_job(idempotency_key="k", fingerprint="f")
+async def test_message_is_queued_once_with_a_job_and_never_for_one_that_is_refused_or_replayed(
+    stores: Stores,
+) -> None:
+    first, second = new_job(idempotency_key="k", fingerprint="f"), new_job()
+    await stores.api.create(first, max_open=2)
+    await stores.api.create(second, max_open=2)
+
+    await stores.api.create(new_job(idempotency_key="k", fingerprint="f"), max_open=2)
+    with pytest.raises(IdempotencyMismatch):
+        await stores.api.create(new_job(idempotency_key="k", fingerprint="g"), max_open=2)
+    with pytest.raises(QueueFull):
+        await stores.api.create(new_job(), max_open=2)
+
+    assert stores.messages(first.queue) == [first.id, second.id]
+    assert stores.open(first.queue) == {first.id, second.id}
+
+
+@pytest.mark.parametrize("key", [None, "k"])
+async def test_creating_a_job_again_changes_nothing_when_a_worker_has_it(
+    stores: Stores, key: str | None
+) -> None:
+    """As a client of the store does by itself whose connection was cut before the answer came."""
+    job = new_job(idempotency_key=key, fingerprint="f")
     await stores.api.create(job, max_open=1)
+    claim(stores, job.id)
 
-    assert await stores.api.discard(job.id)
+    again = await stores.api.create(job, max_open=1)
 
-    assert await stores.api.get(job.id) is None
-    retried = new_job(idempotency_key="k", fingerprint="f")
-    assert (await stores.api.create(retried, max_open=1)).id == retried.id
-
-
-async def test_discard_keeps_a_job_that_a_worker_has_seen(stores: Stores) -> None:
-    id = await submit(stores)
-    claim(stores, id)
-
-    assert not await stores.api.discard(id)
-    assert await state_of(stores, id) is JobState.IN_PROGRESS
+    assert (again.id, again.replayed) == (job.id, False)
+    assert await state_of(stores, job.id) is JobState.IN_PROGRESS
+    assert stores.messages(job.queue) == [job.id]
 
 
 async def test_claim_hands_out_the_request_and_counts_the_attempt(stores: Stores) -> None:
@@ -209,7 +224,7 @@ async def test_settled_job_keeps_its_result_usage_and_timings(stores: Stores) ->
     assert job.timings == completed().timings
     assert job.result_expires_at == NOW + 3 + 3600
     assert (await stores.api.get(id)).result is None  # type: ignore[union-attr]
-    assert await stores.api.count_open(job.queue) == 0
+    assert stores.open(job.queue) == set()
 
 
 async def test_settling_twice_keeps_the_first_result(stores: Stores) -> None:
@@ -440,7 +455,7 @@ async def test_watcher_hears_every_move_in_order(stores: Stores) -> None:
     stores.worker.release(id, token, now=NOW + 2)
     stores.worker.settle(id, claim(stores, id, now=NOW + 3), completed(), now=NOW + 4)
 
-    replies = await stores.api.read_replies(REPLICA, "0", block_seconds=1)
+    replies = await stores.replies.read_replies(REPLICA, "0", block_seconds=1)
 
     assert {reply.id for reply in replies} == {id}
     assert [reply.state for reply in replies] == [
@@ -449,21 +464,21 @@ async def test_watcher_hears_every_move_in_order(stores: Stores) -> None:
         JobState.IN_PROGRESS,
         JobState.COMPLETED,
     ]
-    assert await stores.api.read_replies(REPLICA, replies[-1].position, block_seconds=0.01) == []
+    assert await stores.replies.read_replies(REPLICA, replies[-1].position, block_seconds=0.01) == []
 
 
 async def test_replica_named_at_creation_is_a_watcher(stores: Stores) -> None:
     id = await submit(stores, watcher=REPLICA)
     await stores.api.cancel(id, now=NOW)
 
-    replies = await stores.api.read_replies(REPLICA, "0", block_seconds=1)
+    replies = await stores.replies.read_replies(REPLICA, "0", block_seconds=1)
 
     assert [(reply.id, reply.state) for reply in replies] == [(id, JobState.CANCELLED)]
 
 
 async def test_read_replies_returns_when_a_move_comes_while_it_waits(stores: Stores) -> None:
     id = await submit(stores, watcher=REPLICA)
-    reading = asyncio.create_task(stores.api.read_replies(REPLICA, "0", block_seconds=10))
+    reading = asyncio.create_task(stores.replies.read_replies(REPLICA, "0", block_seconds=10))
     await asyncio.sleep(0)
 
     await stores.api.cancel(id, now=NOW)
@@ -558,9 +573,9 @@ async def test_deadline_ends_jobs_that_no_worker_holds(stores: Stores) -> None:
     assert (early.num_ended, on_time.num_ended) == (0, 2)
     states = [await state_of(stores, id) for id in (queued, waiting, held, late)]
     assert states == [JobState.EXPIRED, JobState.EXPIRED, JobState.IN_PROGRESS, JobState.QUEUED]
-    (told,) = await stores.api.read_replies(REPLICA, "0", block_seconds=1)
+    (told,) = await stores.replies.read_replies(REPLICA, "0", block_seconds=1)
     assert (told.id, told.state) == (queued, JobState.EXPIRED)
-    assert await stores.api.count_open(new_job().queue) == 2
+    assert stores.open(new_job().queue) == {held, late}
     assert stores.worker.settle(held, token, completed(), now=NOW + 6) is SettleOutcome.SETTLED
 
 

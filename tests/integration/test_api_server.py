@@ -122,7 +122,6 @@ def _serve(valkey: ValkeyServer, log: Path) -> Iterator[Server]:
         },
         "THROUGHLINE_REDIS_URL": valkey.url,
         "THROUGHLINE_SOCKET_TIMEOUT_SECONDS": "1",
-        "THROUGHLINE_PUBLISH_TIMEOUT_SECONDS": "2",
         "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": collector.grpc_endpoint,
     }
     with log.open("wb") as stream:

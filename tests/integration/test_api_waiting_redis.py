@@ -8,9 +8,12 @@ from pydantic import SecretStr
 
 from api import waiting
 from api.waiting import ReplyReader, WaitOutcome
+from jobs.clock import SystemClock
+from jobs.message import MessageMaker
 from jobs.model import JobId, ReplicaId, WorkerId, new_lease_token
+from jobs.queue import create_celery
 from jobs.redis_connection import connect, connect_async, connect_reader
-from jobs.redis_store import RedisAttemptStore, RedisSubmissionStore
+from jobs.redis_store import RedisAttemptStore, RedisReplyStream, RedisSubmissionStore
 from jobs.settings import JobsSettings
 from jobs.states import JobState
 from tests.support.job_factory import completed, new_job
@@ -28,9 +31,10 @@ class Sides:
         self.valkey = valkey
         self._client, self._async_client = connect(settings), connect_async(settings)
         self._reading = connect_reader(settings, block_seconds=waiting.READ_SECONDS)
-        self.store = RedisSubmissionStore(self._async_client, settings)
+        messages = MessageMaker(create_celery(settings), SystemClock())
+        self.store = RedisSubmissionStore(self._async_client, settings, messages)
         self._worker = RedisAttemptStore(self._client, settings)
-        self.reader = ReplyReader(self.store, REPLICA, stream=RedisSubmissionStore(self._reading, settings))
+        self.reader = ReplyReader(self.store, RedisReplyStream(self._reading, settings), REPLICA)
 
     async def create(self, num_jobs: int) -> list[JobId]:
         jobs = [new_job() for _ in range(num_jobs)]

@@ -111,7 +111,7 @@ def test_read_only_redis_refuses_jobs_and_keeps_nothing_of_them(lab: QueueLab, a
 
 
 def test_broker_that_refuses_the_message_leaves_nothing_behind(lab: QueueLab, api: httpx.Client) -> None:
-    """Full between the two acts: stored, then not published."""
+    """A script is not undone where it fails: the message must be its first word."""
 
     def allow(command: str) -> None:
         lab.client.acl_setuser("default", enabled=True, commands=[command], reset=False)

@@ -89,7 +89,8 @@ class Backend(MemoryStore):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.is_away = False
-        self.is_broker_away = False
+        self.loses_answers = False
+        """Of `create`, which then happened all the same."""
         self.settles_at_once: Callable[[JobRequest], Settlement] | None = None
         self.created: list[NewJob] = []
 
@@ -102,6 +103,10 @@ class Backend(MemoryStore):
         created = await super().create(job, max_open=max_open)
         if not created.replayed:
             self.created.append(job)
+            if self.settles_at_once is not None:
+                self.settle_now(job.id, self.settles_at_once)
+        if self.loses_answers:
+            raise StoreUnavailable("the job store did not answer: ConnectionError")
         return created
 
     async def get(self, id: JobId, *, with_result: bool = False) -> Any:
@@ -118,13 +123,6 @@ class Backend(MemoryStore):
 
     async def ping(self) -> None:
         self._check()
-
-    def publish(self, id: JobId, queue: str, *, enqueued_at_ns: int) -> None:
-        if self.is_broker_away:
-            raise StoreUnavailable("the broker did not take the message: OperationalError")
-        super().publish(id, queue, enqueued_at_ns=enqueued_at_ns)
-        if self.settles_at_once is not None:
-            self.settle_now(id, self.settles_at_once)
 
     def start(self, id: JobId) -> Any:
         """Claim as a worker would; returns the token and the request."""
@@ -199,7 +197,7 @@ class InSpan:
 async def running_api(backend: Backend, **settings: Any) -> AsyncIterator[Api]:
     @asynccontextmanager
     async def connect() -> AsyncIterator[Backends]:
-        yield Backends(backend, backend, backend, backend, SystemClock(), MemorySchedule(backend))
+        yield Backends(backend, backend, backend, SystemClock(), MemorySchedule(backend))
 
     app = build_app(ApiSettings(**settings), connect)
     transport = httpx.ASGITransport(InSpan(app))

@@ -45,7 +45,7 @@ class CutStore(MemoryStore):
 
 @asynccontextmanager
 async def _running(store: MemoryStore) -> AsyncIterator[ReplyReader]:
-    reader = ReplyReader(store, REPLICA)
+    reader = ReplyReader(store, store, REPLICA)
     task = asyncio.create_task(reader.run())
     yield reader
     task.cancel()
@@ -106,7 +106,7 @@ async def test_job_that_ended_or_never_was_is_not_waited_for() -> None:
     store = CutStore()
     (id,) = await _stored(store, 1)
     store.end(id)
-    reader = ReplyReader(store, REPLICA)  # nobody reads: there is nothing to wait for
+    reader = ReplyReader(store, store, REPLICA)  # nobody reads: there is nothing to wait for
 
     assert await reader.wait(id, 30) is WaitOutcome.ENDED
     assert await reader.wait(new_job_id(), 30) is WaitOutcome.ENDED
