@@ -94,17 +94,19 @@ def running_stack(
         started: list[Process] = []
 
         def start(name: str, *argv: str) -> Process:
-            process = Process(name, _start(argv, environment, Path(server.url[7:]).parent / f"{name}.log"))
+            process = Process(
+                name, start_python(argv, environment, Path(server.url[7:]).parent / f"{name}.log")
+            )
             stack.callback(process.end)
             started.append(process)
             return process
 
         port = free_port()
         workers = tuple(
-            start(f"worker{n or ''}", *_celery("benchmarks.noop.worker", f"ours{n}"))
+            start(f"worker{n or ''}", *celery("benchmarks.noop.worker", f"ours{n}"))
             for n in range(num_workers)
         )
-        bare = start("bare", *_celery("benchmarks.noop.bare", "bare"))
+        bare = start("bare", *celery("benchmarks.noop.bare", "bare"))
         plain_list = start("list", "-m", "benchmarks.noop.plain_list")
         api = start("api", "-m", "benchmarks.noop.api", "--port", str(port))
         url = f"http://127.0.0.1:{port}"
@@ -118,11 +120,11 @@ def running_stack(
         )
 
 
-def _celery(app: str, name: str) -> tuple[str, ...]:
+def celery(app: str, name: str) -> tuple[str, ...]:
     return ("-W", "ignore", "-m", "celery", "-A", app, "worker", "-n", f"{name}@bench", *_CELERY_FLAGS)
 
 
-def _start(argv: tuple[str, ...], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+def start_python(argv: tuple[str, ...], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
     with log.open("wb") as out:
         return subprocess.Popen(
             [sys.executable, *argv],
