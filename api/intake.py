@@ -48,12 +48,14 @@ class Intake:
         with accept():
             document = await _read_document(request)
             body = validate(JobBody, document)
+            _check_times(body)
             new = await self._new_job(request, document, body, priority=body.priority or "batch")
         return new.model_copy(
             update={
                 "watcher": watcher,
                 "metadata": body.metadata or {},
                 "expires_at": None if body.expires_after is None else new.created_at + body.expires_after,
+                "start_at": new.created_at + body.start_after if body.start_after else None,
             }
         )
 
@@ -106,6 +108,12 @@ class Intake:
         sampling = to_sampling(body, card, prompts)
         await check_structure(sampling.get("structured_outputs"))
         return JobRequest(model=card.name, prompts=prompts, sampling=sampling)
+
+
+def _check_times(body: JobBody) -> None:
+    start, expiry = body.start_after, body.expires_after
+    if start is not None and expiry is not None and start >= expiry:
+        raise InvalidRequest("start_after", start, f"must be less than expires_after ({expiry:g})")
 
 
 async def _read_document(request: Request) -> dict[str, object]:

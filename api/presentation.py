@@ -67,6 +67,7 @@ def as_submitted(new: NewJob) -> Job:
         num_prompts=len(new.request.prompts),
         created_at=new.created_at,
         queued_at=new.created_at,
+        next_attempt_at=new.start_at,
         expires_at=new.expires_at,
         max_attempts=new.max_attempts,
         metadata=new.metadata,

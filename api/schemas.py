@@ -25,6 +25,7 @@ MAX_BAD_WORDS = 128
 MAX_STRUCTURE_CHARACTERS = 65_536
 MAX_CHOICE_STRINGS = 1024
 MAX_EXPIRY_SECONDS = 30 * 24 * 3600
+MAX_START_SECONDS = 30 * 24 * 3600
 MAX_METADATA_PAIRS = 16
 
 
@@ -152,6 +153,8 @@ class JobBody(CompletionBody):
     priority: Priority | None = None
     expires_after: Annotated[Number, Field(gt=0.0, le=MAX_EXPIRY_SECONDS)] | None = None
     """Seconds from now; a job not done by then expires."""
+    start_after: Annotated[Number, Field(ge=0.0, le=MAX_START_SECONDS)] | None = None
+    """Seconds from now; the job is kept out of its queue until then."""
     metadata: (
         Annotated[
             dict[

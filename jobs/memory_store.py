@@ -92,7 +92,10 @@ class MemoryStore:
             ledger[job.id] = job.created_at
             if job.idempotency_key:
                 self._idempotency[job.idempotency_key] = (job.id, job.fingerprint or "")
-            self.published.append((job.id, job.queue))
+            if job.start_at is None:
+                self.published.append((job.id, job.queue))
+            else:
+                self._records[job.id]["next_attempt_at"] = repr(job.start_at)
             return Created(job.id, replayed=False)
 
     async def get(self, id: JobId, *, with_result: bool = False) -> Job | None:

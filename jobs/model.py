@@ -157,7 +157,8 @@ class Timings(Document):
     """Where the job's time went, in milliseconds; the parts add up to `total_ms`."""
 
     queue_ms: float
-    """From the store's acceptance to the claim of the last attempt; those before it count as queue too."""
+    """From the store's acceptance to the claim of the last attempt; those before it count as queue too, as
+    does a wait for the job's start or a retry."""
     engine_wait_ms: float
     """From the claim to the first prefill, and again after each preemption."""
     prefill_ms: float
@@ -180,6 +181,8 @@ class NewJob(Document):
     created_at: float
     """Unix seconds."""
     expires_at: float | None = None
+    start_at: float | None = None
+    """Until then it is kept out of its queue."""
     max_attempts: int = 3
     metadata: dict[str, str] = Field(default_factory=dict)
     traceparent: str | None = None
@@ -207,7 +210,7 @@ class Job(Document):
     finished_at: float | None = None
     """When it reached its final state, whichever that is."""
     next_attempt_at: float | None = None
-    """When it goes into its queue, while it waits for that: before a retry."""
+    """When it goes into its queue, while it waits for that: before a retry, or for its start."""
     expires_at: float | None = None
     result_expires_at: float | None = None
     attempts: int = 0

@@ -70,10 +70,11 @@ class RedisSubmissionStore:
             self._ttl,
         ]
         message = self._messages.make(job.id, job.queue)
+        start_at = "" if job.start_at is None else repr(job.start_at)
         with store_errors():
             reply = await self._create(
                 keys=[job_key, keys.open(job.queue), idempotency, keys.broker_queue(job.queue)[0]],
-                args=[*head, message.payload, *fields],
+                args=[*head, message.payload, start_at, *fields],
             )
         created = _created(job, reply, max_open)
         if not created.replayed:

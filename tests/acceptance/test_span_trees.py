@@ -131,6 +131,40 @@ def test_job_of_many_prompts_and_its_poll_are_two_traces_with_a_link(traced: Tra
     traced.check(reply, HEAD + below + 2 * generation + queue + TAIL, done)
 
 
+@both_protocols
+def test_wait_for_a_start_has_a_name_of_its_own(traced: Traced) -> None:
+    reply = traced.post(start_after=0.5)
+    done = traced.wait_status(reply.json()["id"], "completed")
+
+    below = """
+  delay throughline-tiny.batch INTERNAL worker
+  process throughline-tiny.batch CONSUMER worker 1 completed -> send
+   claim INTERNAL worker
+   receive output INTERNAL worker
+   report INTERNAL worker
+   store result INTERNAL worker
+   text_completion throughline-tiny INTERNAL worker
+    engine.decode INTERNAL worker
+    engine.prefill INTERNAL worker
+    engine.wait INTERNAL worker
+  queue throughline-tiny.batch INTERNAL worker"""
+    assert reply.json()["next_attempt_at"] is not None
+    traced.check(reply, HEAD + below + TAIL, done)
+
+
+def test_job_cancelled_before_its_start_leaves_its_wait_and_no_error(traced: Traced) -> None:
+    reply = traced.post(start_after=600)
+    cancel = traced.client.post(f"/v1/jobs/{reply.json()['id']}/cancel")
+
+    below = """
+  delay throughline-tiny.batch INTERNAL worker
+  process throughline-tiny.batch CONSUMER worker cancelled -> send
+   claim INTERNAL worker
+  queue throughline-tiny.batch INTERNAL worker"""
+    assert cancel.json()["status"] == "cancelled"
+    traced.check(reply, HEAD + below + TAIL, cancel)
+
+
 def test_job_that_the_engine_refuses_ends_in_error(traced: Traced) -> None:
     with traced.stopped(WORKER):
         reply = traced.post()

@@ -525,6 +525,25 @@ async def test_retry_is_published_once_and_not_before_its_time(stores: Stores) -
     assert (await stores.api.get(id)).next_attempt_at is None  # type: ignore[union-attr]
 
 
+async def test_job_with_a_start_time_is_published_once_and_not_before_it(stores: Stores) -> None:
+    id = await submit(stores, start_at=NOW + 60, expires_at=NOW + 90)
+
+    _, early = claim_as(stores, id, now=NOW + 1, traceparent=SPANS[0])
+    waiting = await stores.api.get(id)
+    assert stores.messages(new_job().queue) == []
+    published = [
+        (await stores.schedule.advance(now=at)).num_published for at in (NOW + 59, NOW + 60, NOW + 61)
+    ]
+    _, first = claim_as(stores, id, now=NOW + 61, traceparent=SPANS[0])
+
+    assert early.outcome is ClaimOutcome.WAITING
+    assert waiting is not None
+    assert (waiting.state, waiting.next_attempt_at, waiting.attempts) == (JobState.QUEUED, NOW + 60, 0)
+    assert published == [0, 1, 0]
+    assert stores.messages(new_job().queue) == [id]
+    assert (first.attempt, first.released_at, first.published_at) == (1, None, NOW + 60)
+
+
 async def test_message_too_many_does_not_start_a_job_that_waits_for_its_retry(stores: Stores) -> None:
     id = await submit(stores)
     await wait_for_retry(stores, id, until=NOW + 10)

@@ -49,6 +49,22 @@ async def test_submit_keeps_priority_expiry_and_metadata(api: Any) -> None:
     assert new.expires_at == pytest.approx(new.created_at + 60)
 
 
+async def test_submit_keeps_a_start_time_and_shows_it(api: Any) -> None:
+    reply = await api.submit(start_after=60, expires_after=90)
+
+    job, new = reply.json(), api.backend.created[-1]
+    read = (await api.client.get(f"/v1/jobs/{job['id']}")).json()
+    assert new.start_at == pytest.approx(new.created_at + 60)
+    assert job["next_attempt_at"] == read["next_attempt_at"] == int(new.start_at)
+    assert job["status"] == "queued"
+
+
+async def test_submit_without_a_wait_for_its_start_has_no_time_to_show(api: Any) -> None:
+    reply = await api.submit(start_after=0)
+
+    assert reply.json()["next_attempt_at"] is None
+
+
 async def test_submit_answers_200_with_the_result_when_done_within_the_preferred_wait(
     api: Any, answers: Any
 ) -> None:
