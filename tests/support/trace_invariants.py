@@ -54,6 +54,7 @@ def check_trace_invariants(
         *_ids_and_times(spans),
         *time_breaches(ours, unnamed_ns=unnamed_ns),
         *_deliveries(ours),
+        *_attempts(ours),
         *_usage(ours),
         *_steps(ours),
         *_vocabulary(ours),
@@ -115,9 +116,8 @@ def _is_inside(span: SpanRecord, parent: SpanRecord) -> bool:
 
 
 def _deliveries(spans: Sequence[SpanRecord]) -> Iterator[str]:
-    """One PRODUCER a message; each of its CONSUMERs links to it; attempts of a job, even lost, are 1..k."""
+    """One PRODUCER a message, and each of its CONSUMERs links to it."""
     producers: dict[Value, list[SpanRecord]] = {}
-    attempts: dict[Value, list[int]] = {}
     for span in spans:
         if span.kind == "PRODUCER":
             producers.setdefault(span.attributes.get(names.MESSAGING_MESSAGE_ID), []).append(span)
@@ -125,10 +125,6 @@ def _deliveries(spans: Sequence[SpanRecord]) -> Iterator[str]:
         if len(sent) > 1:
             yield f"one PRODUCER a message: {message_id!r} has {len(sent)}"
     for span in spans:
-        attempt = span.attributes.get(names.JOB_ATTEMPT)
-        # A stopped worker's attempt is not counted: the next one has its number.
-        if isinstance(attempt, int) and not span.attributes.get(names.JOB_HANDED_BACK):
-            attempts.setdefault(span.attributes.get(names.JOB_ID), []).append(attempt)
         if span.kind != "CONSUMER":
             continue
         sent = producers.get(span.attributes.get(names.MESSAGING_MESSAGE_ID), [])
@@ -136,7 +132,28 @@ def _deliveries(spans: Sequence[SpanRecord]) -> Iterator[str]:
             yield f"process links to its send: {span.name} does not"
         if not sent:
             yield f"one PRODUCER a message: {span.name} has none"
-    for job_id, counted in attempts.items():
+
+
+def _attempts(spans: Sequence[SpanRecord]) -> Iterator[str]:
+    """Attempts of a job, even lost, are 1..k.
+
+    One that outlived its lease is drawn twice: as lost by the next one, and by itself at its late end. A
+    stopped worker's is not counted: the next one has its number.
+    """
+    numbers: dict[Value, list[int]] = {}
+    late: list[tuple[Value, int]] = []
+    for span in spans:
+        job_id, attempt = span.attributes.get(names.JOB_ID), span.attributes.get(names.JOB_ATTEMPT)
+        if not isinstance(attempt, int) or span.attributes.get(names.JOB_HANDED_BACK):
+            continue
+        if span.kind == "CONSUMER" and span.attributes.get(names.ERROR_TYPE) == "lease_lost":
+            late.append((job_id, attempt))
+        else:
+            numbers.setdefault(job_id, []).append(attempt)
+    for job_id, attempt in late:
+        if attempt not in numbers.setdefault(job_id, []):
+            numbers[job_id].append(attempt)
+    for job_id, counted in numbers.items():
         if sorted(counted) != list(range(1, len(counted) + 1)):
             yield f"attempts are 1..k: job {job_id!r} has {sorted(counted)}"
 

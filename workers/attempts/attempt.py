@@ -307,7 +307,10 @@ class AttemptRunner:
         )
         if outcome is SettleOutcome.WAITING:
             self.message_settled(delivery.tag)
-        self.observer.given_back(delivery, failure)
+        if outcome is SettleOutcome.LOST:
+            self.observer.lease_lost(delivery)
+        else:
+            self.observer.given_back(delivery, failure)
         return Verdict.ACKNOWLEDGE if outcome is not SettleOutcome.SETTLED else Verdict.REQUEUE
 
     def _release(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Final
 
 from opentelemetry import context as otel_context
 from opentelemetry.context import Context
@@ -30,6 +31,7 @@ from workers.settings import DEFAULT_ITEM_SPANS
 
 logger = logging.getLogger(__name__)
 
+_LEASE_LOST: Final = "lease_lost"
 _DROPPED_AS = {
     ClaimOutcome.CANCELLED: JobState.CANCELLED,
     ClaimOutcome.EXPIRED: JobState.EXPIRED,
@@ -183,6 +185,9 @@ class AttemptObserver:
 
     def settled(self, delivery: Delivery, settlement: Settlement, outcome: SettleOutcome) -> None:
         self.metrics.settled(delivery, settlement, outcome)
+        if outcome is SettleOutcome.LOST:
+            _mark_lease_lost()
+            return
         state = JobState.CANCELLED if outcome is SettleOutcome.CANCELLED else settlement.state
         error = settlement.failure.reason if state is JobState.FAILED and settlement.failure else None
         spans.mark_outcome(state.value, error_type=error)
@@ -208,8 +213,7 @@ class AttemptObserver:
 
     def lease_lost(self, delivery: Delivery) -> None:
         self.metrics.lease_lost(delivery)
-        spans.mark_outcome("lease_lost", error_type="lease_lost")
-        logger.warning("lease lost; the result is dropped")
+        _mark_lease_lost()
 
     def _lost(self, delivery: Delivery, claim: Claim, received_at_ns: int) -> str | None:
         """Draw the attempt before where its worker cannot any more; the traceparent to link to."""
@@ -314,6 +318,11 @@ class AttemptObserver:
             choice_count=params.n,
             error_type=refusal.reason,
         )
+
+
+def _mark_lease_lost() -> None:
+    spans.mark_outcome(_LEASE_LOST, error_type=_LEASE_LOST)
+    logger.warning("lease lost; the result is dropped")
 
 
 def _in_queue_since_ns(delivery: Delivery, claim: Claim) -> int | None:

@@ -35,7 +35,7 @@ def test_bench_is_refused_with_the_names_when_there_is_no_such_benchmark() -> No
     result = CliRunner().invoke(_throughline, ["bench", "speed"])
 
     assert result.exit_code == 2
-    assert "'speed' is no benchmark; there are decode, engine, queue" in result.output
+    assert "'speed' is no benchmark; there are accuracy, decode, engine" in result.output
 
 
 def test_bench_is_refused_when_there_is_no_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

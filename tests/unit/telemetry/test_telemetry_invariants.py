@@ -190,6 +190,23 @@ def test_invariants_hold_for_a_retried_job() -> None:
     check_trace_invariants(GOOD, external={CLIENT}, canaries=["San Francisco"], failed_job_ids=())
 
 
+def drawn_lost(error_type: str) -> list[SpanRecord]:
+    """The first attempt, ended late with `error_type`, beside the mark of the second one."""
+    late = replace(FIRST, status="ERROR", attributes={**FIRST.attributes, "error.type": error_type})
+    attributes = {"job.id": "job-1", "job.attempt": 1, "error.type": "worker_lost"}
+    lost = span(15, SEND.span_id, "lost q", "INTERNAL", 41, 50, attributes=attributes)
+    return [SERVER, SEND, late, SECOND, replace(lost, status="ERROR")]
+
+
+def test_invariants_hold_for_an_attempt_that_outlived_its_lease() -> None:
+    check_trace_invariants(drawn_lost("lease_lost"), external={CLIENT}, failed_job_ids=())
+
+
+def test_invariants_tell_an_attempt_that_is_drawn_as_lost_and_says_otherwise() -> None:
+    with pytest.raises(AssertionError, match="attempts are 1"):
+        check_trace_invariants(drawn_lost("engine_hung"), external={CLIENT}, failed_job_ids=())
+
+
 @pytest.mark.parametrize(
     ("spans", "breach"),
     [

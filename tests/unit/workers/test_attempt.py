@@ -160,6 +160,25 @@ async def test_attempt_gives_the_job_back_when_the_engine_dies(bench: Bench) -> 
     assert await bench.state(id) == (JobState.QUEUED, "engine_crashed")
 
 
+async def test_attempt_tells_a_lost_lease_when_its_engine_dies_after_another_took_the_job(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    id = await bench.create()
+
+    def taken(request: EngineRequest) -> None:
+        claim = bench.store.claim(id, new_lease_token(), WorkerId("w2"), now=NOW + 100, lease_seconds=9)
+        assert claim.attempt == 2
+
+    bench.runtime.error, bench.runtime.ends = EngineLost("engine_hung", "no word for 60 s"), taken
+
+    verdict = bench.deliver(id)
+
+    assert verdict is Verdict.ACKNOWLEDGE
+    assert (await bench.read(id)).attempts == 2, "the job is the other's"
+    assert "lease lost" in caplog.text
+    assert "given back" not in caplog.text
+
+
 async def test_attempt_gives_the_job_back_when_our_own_code_fails(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
