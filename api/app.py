@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -48,7 +49,11 @@ def create_app() -> FastAPI:
     def flush() -> None:
         shut_down(telemetry, metrics)
 
-    return build_app(settings, redis_backends(jobs_settings), metrics=metrics, at_end=flush)
+    app = build_app(settings, redis_backends(jobs_settings), metrics=metrics, at_end=flush)
+    # What stays for ever is looked through no more: a full collection stopped all requests for 80 ms.
+    gc.collect()
+    gc.freeze()
+    return app
 
 
 def build_app(

@@ -8,6 +8,7 @@ worker decides when the engine may go.
 from __future__ import annotations
 
 import ctypes
+import gc
 import signal
 import sys
 from multiprocessing.connection import Connection
@@ -147,6 +148,8 @@ def serve(connection: Connection) -> None:
     except EngineError as error:
         connection.send(StartFailed(str(error)))
         return
+    gc.collect()
+    gc.freeze()  # torch's and the model's objects stay for ever; looking through them would hold up a step
     connection.send(Ready(model_facts(engine)))
     EngineLoop(engine, connection, start.sampling).run()
 
