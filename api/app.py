@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -23,6 +22,7 @@ from api.services import Connect, redis_backends, run_services
 from api.settings import ApiSettings
 from api.trace_link import TraceLinks
 from jobs.errors import JobsError
+from jobs.garbage import collect_seldom
 from jobs.settings import JobsSettings, read_settings
 from telemetry import setup
 from telemetry.celery import instrument_celery
@@ -50,9 +50,7 @@ def create_app() -> FastAPI:
         shut_down(telemetry, metrics)
 
     app = build_app(settings, redis_backends(jobs_settings), metrics=metrics, at_end=flush)
-    # What stays for ever is looked through no more: a full collection stopped all requests for 80 ms.
-    gc.collect()
-    gc.freeze()
+    collect_seldom()
     return app
 
 

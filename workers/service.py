@@ -6,7 +6,6 @@ stop:  leave the registry ─▶ reconciler ─▶ leases ─▶ engine ─▶ s
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import logging
 import os
@@ -21,6 +20,7 @@ from celery import Celery
 from engine.config import EngineConfig
 from jobs.clock import SystemClock
 from jobs.errors import StoreUnavailable
+from jobs.garbage import collect_seldom
 from jobs.keys import Keys
 from jobs.ledger import Ledger
 from jobs.model import PRIORITIES, WorkerId
@@ -155,9 +155,7 @@ class WorkerService:
             self._metrics,
         )
         self._reconciler.start()
-        # What stays for ever is looked through no more: a full collection stopped all threads for 80 ms.
-        gc.collect()
-        gc.freeze()
+        collect_seldom()
         self._announce(facts)
 
     def run(self, delivery: Delivery) -> Verdict:
