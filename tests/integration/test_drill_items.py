@@ -12,7 +12,6 @@ import pytest
 
 from jobs.model import ItemCounts, Job
 from jobs.states import JobState
-from tests.support.model_folders import make_model_folder
 from tests.support.processes import wait_until
 from tests.support.queue_lab import ROOT, QueueLab, queue_lab
 from tests.support.valkey import free_port
@@ -20,13 +19,6 @@ from tests.support.valkey import free_port
 POISON_TOKEN = 211
 TOO_LONG = 300
 """Tokens of a prompt that the model has no room for. The API refuses it; such a job came another way."""
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "llama"
-    make_model_folder("llama", folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import pytest
 
 from jobs.model import Job, JobId
 from jobs.states import JobState
-from tests.support.model_folders import make_model_folder
 from tests.support.queue_lab import ROOT, QueueLab, WorkerProcess, queue_lab
 
 pytestmark = pytest.mark.slow
@@ -20,13 +19,6 @@ MAX_ATTEMPTS = 1
 """Of the poisonous job; each attempt costs an engine's start."""
 TIMES_IN_COMPANY = 2
 """Once with everybody, once with seven others: see workers/attempts/company.py."""
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "llama"
-    make_model_folder("llama", folder)
-    return folder
 
 
 def start_poisonable(lab: QueueLab, kills: str) -> WorkerProcess:

@@ -13,20 +13,12 @@ import pytest
 from jobs.model import JobId
 from jobs.settings import JobsSettings
 from jobs.states import JobState
-from tests.support.model_folders import make_model_folder
 from tests.support.processes import wait_until
 from tests.support.queue_lab import QueueLab, queue_lab
 
 pytestmark = pytest.mark.slow
 
 DEFAULT_LEASE_SECONDS = JobsSettings.model_fields["lease_seconds"].default
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "llama"
-    make_model_folder("llama", folder)
-    return folder
 
 
 @pytest.fixture

@@ -16,17 +16,9 @@ import pytest
 from jobs import scripts
 from jobs.model import JobId
 from jobs.states import JobState
-from tests.support.model_folders import make_model_folder
 from tests.support.processes import wait_until
 from tests.support.queue_lab import ROOT, QueueLab, get_json, queue_lab
 from tests.support.valkey import free_port
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "llama"
-    make_model_folder("llama", folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
