@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from cuda_ops import native
-from cuda_ops.errors import KernelsUnavailableError
-from cuda_ops.native import native_levels, use_kernels
+from cuda_ops.native import use_kernels
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.outputs import RequestOutput
 from engine.sampling import SamplingParams
+from tests.support.kernels import built_levels
 from tests.support.model_folders import make_model_folder
 from tests.unit.engine.engine_factory import generate, make_engine, random_prompt
 
@@ -26,10 +26,7 @@ OTHERS = replace(PARAMS, seed=6, max_tokens=40, logprobs=None)
 
 @pytest.fixture(scope="module", autouse=True)
 def _native() -> Iterator[None]:
-    try:
-        native_levels()
-    except KernelsUnavailableError as error:
-        pytest.skip(str(error))
+    built_levels()
     yield
     use_kernels("auto")
 
