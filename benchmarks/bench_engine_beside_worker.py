@@ -41,6 +41,7 @@ from jobs.model import WorkerId
 from jobs.redis_connection import connect
 from jobs.redis_registry import RedisModelAnnouncer
 from jobs.settings import JobsSettings
+from tests.support.processes import wait_until
 from tests.support.stack import RunningStack, command_line
 from tests.support.valkey import free_port
 from workers.engines.child_runtime import ChildRuntime
@@ -51,6 +52,7 @@ STEPS = re.compile(r"^throughline_engine_step_duration_seconds_(sum|count)(?:\{.
 NUM_WARM_UP = 100
 NUM_CLIENTS = 8
 MAX_SUBMIT_SECONDS = 120
+MAX_DRAIN_SECONDS = 600
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +166,11 @@ def _drain(stack: RunningStack, worker_pid: int, num_jobs: int, num_tokens: int)
         asyncio.run(_submit(stack.url, num_jobs, num_tokens))
     finally:
         os.kill(worker_pid, signal.SIGCONT)
-    while any(client.zcard(ledger) for ledger in ledgers):
-        time.sleep(0.02)
+    wait_until(
+        lambda: not any(client.zcard(ledger) for ledger in ledgers),
+        timeout_seconds=MAX_DRAIN_SECONDS,
+        what="every job is done",
+    )
     client.close()
 
 

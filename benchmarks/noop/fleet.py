@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,10 +16,10 @@ from jobs.keys import Keys
 from jobs.redis_connection import connect
 from jobs.registry import queue_name
 from jobs.settings import JobsSettings
+from tests.support.processes import wait_until
 from tests.support.valkey import free_port, running_valkey
 
 READY_SECONDS = 180.0
-POLL_SECONDS = 0.05
 
 
 class Fleet:
@@ -90,11 +89,7 @@ class Fleet:
         return process
 
     def _wait(self, holds: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + READY_SECONDS
-        while not holds():
-            if time.monotonic() > deadline:
-                raise SystemExit(f"not within {READY_SECONDS:g} s: {what}; see {self._folder}")
-            time.sleep(POLL_SECONDS)
+        wait_until(holds, timeout_seconds=READY_SECONDS, what=f"{what}; see {self._folder}")
 
 
 @contextmanager
