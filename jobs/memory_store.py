@@ -246,16 +246,20 @@ class MemoryStore:
     ) -> SettleOutcome:
         with self._lock:
             record = self._records.get(id)
-            if (refusal := self._not_ours(record, token)) is not None:
-                return refusal
-            assert record is not None
-            if record["state"] == JobState.CANCELLING:
-                self._finish(record, JobState.CANCELLED, now)
-                is_wish = settlement.state is JobState.CANCELLED
-                return SettleOutcome.SETTLED if is_wish else SettleOutcome.CANCELLED
-            record.update(settlement_fields(settlement))
-            self._finish(record, settlement.state, now)
-            return SettleOutcome.SETTLED
+            if record is None:
+                return SettleOutcome.MISSING
+            if record.get("ended_by") != token:
+                if record.get("lease_token") != token:
+                    return SettleOutcome.LOST
+                record["ended_by"] = token
+                state = settlement.state
+                if record["state"] == JobState.CANCELLING:
+                    state = JobState.CANCELLED
+                else:
+                    record.update(settlement_fields(settlement))
+                self._finish(record, state, now)
+            is_wish = settlement.state is JobState.CANCELLED or record["state"] != JobState.CANCELLED
+            return SettleOutcome.SETTLED if is_wish else SettleOutcome.CANCELLED
 
     def keep(
         self, id: JobId, token: LeaseToken, items: Mapping[int, ItemResult], *, completed: int, failed: int
@@ -289,10 +293,14 @@ class MemoryStore:
     ) -> SettleOutcome:
         with self._lock:
             record = self._records.get(id)
-            if (refusal := self._not_ours(record, token)) is not None:
-                return refusal
-            assert record is not None
+            if record is None:
+                return SettleOutcome.MISSING
+            if record.get("ended_by") == token and record["state"] == JobState.CANCELLED:
+                return SettleOutcome.CANCELLED
+            if record.get("lease_token") != token:
+                return SettleOutcome.LOST
             if record["state"] == JobState.CANCELLING:
+                record["ended_by"] = token
                 self._finish(record, JobState.CANCELLED, now)
                 return SettleOutcome.CANCELLED
             if failure is None:
@@ -400,14 +408,6 @@ class MemoryStore:
     def _drop_lease(record: dict[str, str]) -> None:
         for name in ("lease_token", "lease_expires_at", "worker"):
             record.pop(name, None)
-
-    @staticmethod
-    def _not_ours(record: dict[str, str] | None, token: LeaseToken) -> SettleOutcome | None:
-        if record is None:
-            return SettleOutcome.MISSING
-        if JobState(record["state"]).is_final:
-            return SettleOutcome.DUPLICATE
-        return None if record.get("lease_token") == token else SettleOutcome.LOST
 
     def _notify(self, record: dict[str, str]) -> None:
         for replica in record.get("watchers", "").split():

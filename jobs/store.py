@@ -160,12 +160,10 @@ class SettleOutcome(StrEnum):
     SETTLED = "settled"
     WAITING = "waiting"
     """Given back, and published again when its time comes."""
-    DUPLICATE = "duplicate"
-    """The job was final already; nothing changed."""
     CANCELLED = "cancelled"
     """The client had cancelled it meanwhile: it ended as cancelled, whatever was offered."""
     LOST = "lost"
-    """Another attempt holds the lease; nothing changed."""
+    """Another attempt holds the lease, or the job was ended without this one; nothing changed."""
     MISSING = "missing"
 
 
@@ -219,7 +217,7 @@ class AttemptStore(Protocol):
     ) -> SettleOutcome:
         """Write the final state, tell the watchers and clear the ledger, once.
 
-        Safe to repeat: the first final state wins and the second call returns DUPLICATE.
+        Safe to repeat: the first final state wins, and the attempt that brought it is told the same again.
 
         `message_tag` is the delivery tag of the broker's message, which goes in the same act where the
         outcome is SETTLED or CANCELLED; otherwise, and without a tag, it is left to whoever holds it.

@@ -2,7 +2,7 @@
 -- KEYS[1] job hash   ARGV prefix, id, token, now, ttl, failure JSON ('' leaves the attempt uncounted),
 --         the most attempts that may be forgiven ('' to count this one), when the next attempt may begin
 --         ('' for at once), delivery tag of the broker's message ('' where there is none)
--- Returns settled | waiting | cancelled | duplicate | lost | missing
+-- Returns settled | waiting | cancelled | lost | missing
 -- The message is the caller's to requeue when settled; when waiting it has gone from the broker.
 local prefix, id, now, ttl, failure = ARGV[1], ARGV[2], ARGV[4], ARGV[5], ARGV[6]
 local next_attempt_at, tag = ARGV[8], ARGV[9]
@@ -20,9 +20,10 @@ local function take_message()
 end
 
 if current == '' then return 'missing' end
-if FINAL[current] then return 'duplicate' end
+if FINAL[current] then return field(job, 'ended_by') == ARGV[3] and current == 'cancelled' and current or 'lost' end
 if field(job, 'lease_token') ~= ARGV[3] then return 'lost' end
 if current == 'cancelling' then
+  redis.call('HSET', job, 'ended_by', ARGV[3])
   finish(prefix, job, id, 'cancelled', now, ttl)
   return 'cancelled'
 end

@@ -2,7 +2,7 @@
 -- KEYS[1] job hash
 -- ARGV    prefix, id, token, now, state, ttl, delivery tag of the broker's message that it came with ('' to leave
 --         that to its holder), then field, value, ... (result, usage, timings, failure)
--- Returns settled | cancelled | duplicate | lost | missing
+-- Returns settled | cancelled | lost | missing; the same again to an attempt that asks again
 local prefix, id, now, state, ttl = ARGV[1], ARGV[2], ARGV[4], ARGV[5], ARGV[6]
 local current = field(KEYS[1], 'state')
 
@@ -14,8 +14,12 @@ local function acknowledge()
 end
 
 if current == '' then return 'missing' end
-if FINAL[current] then return 'duplicate' end
+if FINAL[current] then
+  if field(KEYS[1], 'ended_by') ~= ARGV[3] then return 'lost' end
+  return current == 'cancelled' and state ~= 'cancelled' and 'cancelled' or 'settled'
+end
 if field(KEYS[1], 'lease_token') ~= ARGV[3] then return 'lost' end
+redis.call('HSET', KEYS[1], 'ended_by', ARGV[3])
 if current == 'cancelling' then
   finish(prefix, KEYS[1], id, 'cancelled', now, ttl)
   acknowledge()

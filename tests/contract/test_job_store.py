@@ -174,6 +174,19 @@ async def test_claim_after_the_lease_ran_out_fences_off_the_first_worker(stores:
     assert await state_of(stores, id) is JobState.IN_PROGRESS
 
 
+async def test_late_attempt_is_told_that_it_lost_when_the_next_one_has_ended_the_job(stores: Stores) -> None:
+    id = await submit(stores)
+    late = claim(stores, id, now=NOW)
+    next_one = claim(stores, id, now=NOW + LEASE + 1, worker=OTHER_WORKER)
+    stores.worker.settle(id, next_one, completed("next"), now=NOW + LEASE + 2)
+
+    assert stores.worker.settle(id, late, completed("late"), now=NOW + 20) is SettleOutcome.LOST
+    assert stores.worker.release(id, late, now=NOW + 20) is SettleOutcome.LOST
+    job = await stores.api.get(id, with_result=True)
+    assert job is not None
+    assert job.result == job_result("next")
+
+
 async def test_renewed_lease_outlives_its_first_term(stores: Stores) -> None:
     id = await submit(stores)
     token = claim(stores, id, now=NOW)
@@ -203,14 +216,14 @@ async def test_settled_job_keeps_its_result_usage_and_timings(stores: Stores) ->
     assert stores.open(job.queue) == set()
 
 
-async def test_settling_twice_keeps_the_first_result(stores: Stores) -> None:
+async def test_settling_twice_keeps_the_first_result_and_is_told_the_same(stores: Stores) -> None:
     id = await submit(stores)
     token = claim(stores, id)
-    stores.worker.settle(id, token, completed("first"), now=NOW + 2)
+    first = stores.worker.settle(id, token, completed("first"), now=NOW + 2)
 
-    outcome = stores.worker.settle(id, token, completed("second"), now=NOW + 3)
+    second = stores.worker.settle(id, token, completed("second"), now=NOW + 3)
 
-    assert outcome is SettleOutcome.DUPLICATE
+    assert (first, second) == (SettleOutcome.SETTLED, SettleOutcome.SETTLED)
     job = await stores.api.get(id, with_result=True)
     assert job is not None
     assert job.result == job_result("first")
@@ -400,6 +413,8 @@ async def test_cancel_of_a_running_job_reaches_its_worker_and_wins_over_the_resu
     assert stores.worker.read_cancels(WORKER, told[-1][0], block_seconds=0.01) == []
     assert stores.worker.renew({id: token}, now=NOW + 3, lease_seconds=LEASE) == {id: RenewOutcome.CANCELLING}
     assert stores.worker.settle(id, token, completed(), now=NOW + 4) is SettleOutcome.CANCELLED
+    assert stores.worker.settle(id, token, completed(), now=NOW + 5) is SettleOutcome.CANCELLED
+    assert stores.worker.release(id, token, now=NOW + 5) is SettleOutcome.CANCELLED
     assert await state_of(stores, id) is JobState.CANCELLED
     assert await stores.api.cancel(id, now=NOW + 5) is CancelOutcome.FINAL
 

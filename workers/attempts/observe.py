@@ -185,16 +185,13 @@ class AttemptObserver:
 
     def settled(self, delivery: Delivery, settlement: Settlement, outcome: SettleOutcome) -> None:
         self.metrics.settled(delivery, settlement, outcome)
-        if outcome is SettleOutcome.LOST:
+        if outcome not in (SettleOutcome.SETTLED, SettleOutcome.CANCELLED):
             _mark_lease_lost()
             return
         state = JobState.CANCELLED if outcome is SettleOutcome.CANCELLED else settlement.state
         error = settlement.failure.reason if state is JobState.FAILED and settlement.failure else None
         spans.mark_outcome(state.value, error_type=error)
-        if outcome in (SettleOutcome.SETTLED, SettleOutcome.CANCELLED):
-            logger.info("job %s%s", state.value, f": {error}" if error else "")
-        else:
-            logger.warning("result refused: %s", outcome.value)
+        logger.info("job %s%s", state.value, f": {error}" if error else "")
 
     def giving_back(self, id: JobId) -> AbstractContextManager[None]:
         return spans.give_back(id)
