@@ -265,8 +265,15 @@ def _forbid_in(logits: Tensor, forbidden: frozenset[int]) -> None:
 
 
 def _apply_penalties(logits: Tensor, row: SamplerRow) -> None:
-    """In place, on one row `[vocab_size]`."""
+    """In place, on one row `[vocab_size]`: bias, repetition, then the two that subtract.
+
+    The order is that of vLLM and `transformers`; it shows where a token has a bias and is seen again, for
+    the repetition penalty multiplies.
+    """
     params = row.params
+    if params.logit_bias:
+        ids = torch.tensor(list(params.logit_bias), device=logits.device)
+        logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted({*row.sequence.token_ids, *row.ahead}), device=logits.device)
         values = logits[seen]
@@ -277,9 +284,6 @@ def _apply_penalties(logits: Tensor, row: SamplerRow) -> None:
         ids = torch.tensor(list(counts), device=logits.device)
         occurrences = torch.tensor(list(counts.values()), device=logits.device)
         logits[ids] -= params.presence_penalty + params.frequency_penalty * occurrences
-    if params.logit_bias:
-        ids = torch.tensor(list(params.logit_bias), device=logits.device)
-        logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
 
 
 def _allow_only(logits: Tensor, allowed: bytes) -> None:

@@ -56,6 +56,8 @@ def expected_probabilities(
 def _penalised(
     row: Probabilities, params: SamplingParams, prompt: list[int], output: list[int]
 ) -> Probabilities:
+    for token_id, bias in params.logit_bias.items():
+        row[token_id] += bias
     for token_id in {*prompt, *output}:
         factor = params.repetition_penalty
         row[token_id] = row[token_id] / factor if row[token_id] > 0 else row[token_id] * factor
@@ -63,8 +65,6 @@ def _penalised(
         row[token_id] -= params.frequency_penalty
     for token_id in set(output):
         row[token_id] -= params.presence_penalty
-    for token_id, bias in params.logit_bias.items():
-        row[token_id] += bias
     return row
 
 
@@ -218,6 +218,32 @@ def test_sampler_penalties_change_the_choice_and_leave_the_logits_as_they_were()
     assert choose([], [0], repetition_penalty=1.5) == 1, "the prompt counts for repetition"
     assert sample_one(logits, replace(greedy, logit_bias={2: 10.0}), [3], []).token_id == 2
     assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("penalty", [1.6, 0.6])
+def test_repetition_penalty_and_bias_give_the_tokens_of_transformers(
+    opt_folder: Path, opt_reference: transformers.PreTrainedModel, penalty: float
+) -> None:
+    """On tokens that have both, so that their order shows: the bias counts as the model's own opinion."""
+    prompt, greedy = random_prompt(12, 3), SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+    engine = make_engine(opt_folder)
+    (free,) = generate(engine, {"free": (prompt, greedy)}).tokens("free")
+    bias = {token_id: 4.0 for token_id in free[:4]} | {prompt[0]: 6.0}
+
+    params = replace(greedy, repetition_penalty=penalty, logit_bias=bias)
+    (ours,) = generate(engine, {"r": (prompt, params)}).tokens("r")
+
+    ids = opt_reference.generate(  # type: ignore[operator]  # its type is lost on the way
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=16,
+        do_sample=False,
+        eos_token_id=None,
+        repetition_penalty=penalty,
+        sequence_bias=[[[token_id], value] for token_id, value in bias.items()],
+    )
+    assert list(ours) == ids[0, len(prompt) :].tolist()
+    assert ours != free
 
 
 def test_sampler_logprobs_are_of_the_models_own_distribution() -> None:
