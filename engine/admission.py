@@ -33,9 +33,13 @@ class ModelInfo:
     tokenizer: Tokenizer = field(repr=False, compare=False)
 
 
-def check_request(info: ModelInfo, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+def check_request(
+    info: ModelInfo, prompt_token_ids: Sequence[int], params: SamplingParams, priority: int = 0
+) -> None:
     """Raises InvalidRequestError if the request does not fit the model or can never fit the cache."""
-    if not prompt_token_ids:
+    if not isinstance(priority, int) or isinstance(priority, bool):
+        raise InvalidRequestError("priority", priority, "must be a whole number")
+    if len(prompt_token_ids) == 0:
         raise InvalidRequestError("prompt_token_ids", [], "must hold at least one token")
     _check_token_ids("prompt_token_ids", prompt_token_ids, info.vocab_size)
     _check_token_ids("stop_token_ids", params.stop_token_ids, info.vocab_size)
@@ -49,11 +53,10 @@ def check_request(info: ModelInfo, prompt_token_ids: Sequence[int], params: Samp
 
 
 def _check_token_ids(field_name: str, token_ids: Sequence[int], vocab_size: int) -> None:
-    if not token_ids:
-        return
-    for extreme in (min(token_ids), max(token_ids)):
-        if not 0 <= extreme < vocab_size:
-            raise InvalidRequestError(field_name, extreme, f"must be from 0 to {vocab_size - 1}")
+    for token_id in token_ids:
+        if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+            rule = f"must be whole numbers from 0 to {vocab_size - 1}"
+            raise InvalidRequestError(field_name, token_id, rule)
 
 
 def _check_length(info: ModelInfo, num_prompt_tokens: int, params: SamplingParams) -> None:

@@ -149,7 +149,7 @@ class Engine:
         """
         if request_id in self._progress:
             raise InvalidRequestError("request_id", request_id, "is already in the engine")
-        check_request(self.model_info, prompt_token_ids, params)
+        check_request(self.model_info, prompt_token_ids, params, priority)
         request = Request(
             request_id=request_id,
             params=params,

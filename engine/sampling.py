@@ -13,8 +13,14 @@ from engine.errors import InvalidRequestError
 MAX_SEQUENCES_PER_REQUEST = 128
 MAX_TOP_LOGPROBS = 20
 _DRAW_BITS = 53  # what a float's mantissa holds
-
-
+_SWITCHES = (
+    "use_beam_search",
+    "early_stopping",
+    "ignore_eos",
+    "echo",
+    "skip_special_tokens",
+    "include_stop_str_in_output",
+)
 StructureKind = Literal["json_schema", "regex", "choice", "grammar"]
 
 
@@ -28,6 +34,12 @@ class StructuredOutput:
 
     kind: StructureKind
     text: str
+
+    @property
+    def is_plausible(self) -> bool:
+        """Whether it has the shape of one; its text is judged when it is compiled."""
+        is_text = isinstance(self.text, str) and bool(self.text)
+        return is_text and self.kind in get_args(StructureKind)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +108,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_switches()
         self._check_lengths()
         self._check_distribution()
         self._check_penalties()
@@ -143,6 +156,11 @@ class SamplingParams:
         """Most probable tokens wanted in the place of each of the prompt's."""
         return max(self.prompt_logprobs or 0, (self.logprobs or 0) if self.echo else 0)
 
+    def _check_switches(self) -> None:
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequestError(name, getattr(self, name), "must be true or false")
+
     def _check_lengths(self) -> None:
         _check_int("max_tokens", self.max_tokens, 0 if self.echo else 1, None)
         _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
@@ -171,6 +189,9 @@ class SamplingParams:
         if self.repetition_penalty == 0.0:
             raise InvalidRequestError("repetition_penalty", self.repetition_penalty, "must be above 0")
         _check_float("length_penalty", self.length_penalty, None, None)
+        if not isinstance(self.logit_bias, Mapping):
+            rule = "must be a mapping from token ids to numbers"
+            raise InvalidRequestError("logit_bias", self.logit_bias, rule)
         for token_id, bias in self.logit_bias.items():
             _check_int("logit_bias", token_id, 0, None)
             _check_float("logit_bias", bias, -100.0, 100.0)
@@ -188,9 +209,9 @@ class SamplingParams:
         structure = self.structured_outputs
         if structure is None:
             return
-        if structure.kind not in get_args(StructureKind) or not structure.text:
+        if not isinstance(structure, StructuredOutput) or not structure.is_plausible:
             rule = f"must be a text of one of the kinds {', '.join(get_args(StructureKind))}"
-            raise InvalidRequestError("structured_outputs", structure.kind, rule)
+            raise InvalidRequestError("structured_outputs", getattr(structure, "kind", structure), rule)
         for name in ("use_beam_search", "bad_words", "min_tokens", "ignore_eos"):
             if getattr(self, name):
                 rule = "cannot be combined with structured_outputs"

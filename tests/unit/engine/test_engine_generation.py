@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -354,6 +355,8 @@ def test_engine_refuses_to_go_on_after_the_model_failed(
         ([], GREEDY, "prompt_token_ids"),
         ([5, 384], GREEDY, "prompt_token_ids"),
         ([5, -1], GREEDY, "prompt_token_ids"),
+        ([5, "a"], GREEDY, "prompt_token_ids"),
+        ([5, 6.0], GREEDY, "prompt_token_ids"),
         ([5] * 257, GREEDY, "prompt_token_ids"),
         ([5] * 250, GREEDY, "max_tokens"),
         ([5], replace(GREEDY, n=17), "n"),
@@ -372,6 +375,16 @@ def test_engine_refuses_a_request_it_could_never_run(
         engine.add_request("r", prompt, params)
 
     assert caught.value.field == field
+    assert not engine.has_work()
+
+
+@pytest.mark.parametrize("priority", ["high", 0.5, None, True])
+def test_engine_refuses_a_priority_that_is_no_whole_number(opt_folder: Path, priority: Any) -> None:
+    engine = make_engine(opt_folder)
+
+    with pytest.raises(InvalidRequestError, match=r"^priority=.*must be a whole number"):
+        engine.add_request("r", [5], GREEDY, priority=priority)
+
     assert not engine.has_work()
 
 

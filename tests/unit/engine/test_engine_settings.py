@@ -3,13 +3,14 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineError, InvalidRequestError, ModelLoadError
-from engine.sampling import SamplingParams
+from engine.sampling import SamplingParams, StructuredOutput
 
 POLICY_MODULES = (
     "admission",
@@ -94,6 +95,47 @@ def test_sampling_params_refuse_a_value_out_of_range(field: str, value: object) 
 def test_sampling_params_refuse_best_of_below_n() -> None:
     with pytest.raises(InvalidRequestError, match="best_of=2: must be a whole number of at least 3"):
         SamplingParams(n=3, best_of=2)
+
+
+# Nothing that any field takes, but for the one number that a length penalty may be.
+_NONSENSE: tuple[Any, ...] = (object(), "nonsense", float("nan"), [object()], -7.5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        (field.name, value)
+        for field in fields(SamplingParams)
+        for value in _NONSENSE
+        if (field.name, value) != ("length_penalty", -7.5)
+    ],
+)
+def test_sampling_params_refuse_nonsense_by_the_name_of_its_field(field: str, value: object) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        SamplingParams(**{field: value})  # type: ignore[arg-type]  # wrong types are the point
+
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("value", [1, 0, "yes", None])
+@pytest.mark.parametrize(
+    "field",
+    [field.name for field in fields(SamplingParams) if isinstance(field.default, bool)],
+)
+def test_sampling_params_take_only_true_and_false_for_a_switch(field: str, value: object) -> None:
+    with pytest.raises(InvalidRequestError, match="must be true or false") as caught:
+        SamplingParams(**{field: value})  # type: ignore[arg-type]  # as above
+
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [StructuredOutput("regex", ""), StructuredOutput("xml", "a"), StructuredOutput("regex", 3)],  # type: ignore[arg-type]  # as above
+)
+def test_sampling_params_refuse_a_structure_of_no_kind_or_text(structure: StructuredOutput) -> None:
+    with pytest.raises(InvalidRequestError, match="must be a text of one of the kinds"):
+        SamplingParams(structured_outputs=structure)
 
 
 @pytest.mark.parametrize(
