@@ -52,13 +52,13 @@ def paged_attention_decode(
     num_blocks = -(-max_context_len // block_size)
     tables = block_tables[:, :num_blocks]
     grouped = query.reshape(num_sequences, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    mask = _decode_mask(context_lens, num_blocks * block_size, sliding_window)
+    hidden = _hidden_from_decode(context_lens, num_blocks * block_size, sliding_window)
     chunk = max(1, _GATHERED_ELEMENTS // (num_kv_heads * num_blocks * block_size * head_dim))
     for start in range(0, num_sequences, chunk):
         part = slice(start, start + chunk)
         pages = _pages(tables[part], num_kv_heads)
-        weights = _attention_weights(grouped[part], _gather(key_cache, pages), mask[part], scale)
-        out[part] = _sum_values(weights, value_cache, pages)
+        weights = _attention_weights(grouped[part], _gather(key_cache, pages), hidden[part], scale)
+        out[part] = _sum_values(weights, value_cache, pages, hidden[part], context_lens[part])
 
 
 def paged_attention_prefill(
@@ -139,39 +139,44 @@ def _gather(cache: Tensor, pages: Tensor) -> Tensor:
     return gathered.view(pages.shape[0], pages.shape[1], -1, cache.shape[3])
 
 
-def _decode_mask(context_lens: Tensor, num_tokens: int, sliding_window: int | None) -> Tensor:
-    """0 where a decoding token may look and -inf elsewhere: `[num_sequences, 1, 1, num_tokens]` float32."""
+def _hidden_from_decode(context_lens: Tensor, num_tokens: int, sliding_window: int | None) -> Tensor:
+    """True where a decoding token may not look: `[num_sequences, 1, num_tokens]`."""
     position = torch.arange(num_tokens, device=context_lens.device)
     hidden = position >= context_lens.unsqueeze(1)
     if sliding_window is not None:
         hidden |= position < context_lens.unsqueeze(1) - sliding_window
-    mask = torch.zeros(hidden.shape, device=context_lens.device).masked_fill_(hidden, float("-inf"))
-    return mask.view(-1, 1, 1, num_tokens)
+    return hidden.unsqueeze(1)
 
 
-def _attention_weights(query: Tensor, key: Tensor, mask: Tensor, scale: float) -> Tensor:
+def _attention_weights(query: Tensor, key: Tensor, hidden: Tensor, scale: float) -> Tensor:
     """Softmax of `[n, num_kv_heads, group, head_dim]` queries over `[n, num_kv_heads, context, head_dim]`.
+
+    Hidden keys are written over, not added to: they may be another sequence's, and NaN.
 
     Returns:
         `[n, num_kv_heads, group, context]` float32.
     """
-    scores = torch.matmul(query.float(), key.float().transpose(-1, -2))
-    return torch.softmax(torch.add(mask, scores, alpha=scale), dim=-1)
+    scores = torch.matmul(query.float(), key.float().transpose(-1, -2)).mul_(scale)
+    return torch.softmax(scores.masked_fill_(hidden.unsqueeze(1), float("-inf")), dim=-1)
 
 
-def _sum_values(weights: Tensor, value_cache: Tensor, pages: Tensor) -> Tensor:
+def _sum_values(
+    weights: Tensor, value_cache: Tensor, pages: Tensor, hidden: Tensor, context_lens: Tensor
+) -> Tensor:
     """Sum the pages' values by weight, where they lie: `[n, num_heads, head_dim]`.
 
     A weighted sum of rows is what an embedding bag is. It reads the cache in place, with the weights rounded
     to the cache's dtype and a float32 sum; in bfloat16 that saves a third of the time of gathering and
-    multiplying.
+    multiplying. Instead of a hidden token, whose weight is 0 and whose value may be another sequence's NaN,
+    it reads the sequence's last one.
     """
     num_sequences, num_kv_heads, group, context = weights.shape
     block_size, head_dim = value_cache.shape[2:]
-    tokens = pages.unsqueeze(-1) * block_size + torch.arange(
-        block_size, device=pages.device, dtype=pages.dtype
-    )
-    bags = tokens.view(num_sequences, num_kv_heads, 1, context).expand(-1, -1, group, -1)
+    offsets = torch.arange(block_size, device=pages.device, dtype=pages.dtype)
+    tokens = (pages.unsqueeze(-1) * block_size + offsets).view(num_sequences, num_kv_heads, context)
+    last = (context_lens - 1).clamp(min=0).long().view(-1, 1, 1).expand(-1, num_kv_heads, 1)
+    own = torch.where(hidden, tokens.gather(2, last), tokens)
+    bags = own.unsqueeze(2).expand(-1, -1, group, -1)
     summed = F.embedding_bag(
         bags.reshape(-1, context),
         value_cache.view(-1, head_dim),
