@@ -29,6 +29,7 @@ from engine.model_runner import ModelRunner, count_parameters
 from engine.outputs import (
     Completion,
     Logprobs,
+    RequestFailure,
     RequestOutput,
     StepOutput,
     TokenDelta,
@@ -169,7 +170,10 @@ class Engine:
         progress = self._progress.get(request_id)
         if progress is None:
             return False
-        progress.abort()
+        try:
+            progress.abort()
+        except Exception as error:  # whatever a tokenizer may raise
+            progress.failure = RequestFailure.of(error)
         self._scheduler.remove(progress.request)
         self._settle(progress, self._clock())
         return True

@@ -4,11 +4,13 @@
     a proposal of k tokens     k + 1 rows and, while the proposal holds, as many tokens
     beams                   all rows of a request together
 
-What a sequence has taken is its progress's affair, whose blocks are free thereby the scheduler's.
+What a sequence has taken is its progress's affair, whose blocks are free thereby the scheduler's. A request
+whose own tokens cannot be had or taken fails alone: it leaves with its reason, and the others go on.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
@@ -17,12 +19,16 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from engine.beam_progress import BeamProgress
-from engine.outputs import TokenDelta
+from engine.outputs import RequestFailure, TokenDelta
 from engine.progress import RequestProgress
 from engine.sampled_progress import SampledProgress
 from engine.sampler import SampledToken, SamplerRow, most_probable, sample
 from engine.scheduler import ScheduledSequence, Scheduler
-from engine.sequence import Sequence
+from engine.sequence import RequestStatus, Sequence
+
+_NO_NUMBERS = RequestFailure(
+    "logits_not_finite", "the model's numbers for this request are not finite", retryable=False
+)
 
 
 @dataclass(slots=True)
@@ -80,10 +86,9 @@ class Decoding:
                 case BeamProgress():
                     beams[entry.request.request_id] += rows
                 case SampledProgress() as own if own.params.max_tokens == 0:
-                    turn.deltas += own.accept_nothing()
-                    self._remove(own, turn)
+                    self._end_after_prompt(own, turn)
                 case SampledProgress() as own:
-                    sampled += self._sequences_due(own, entry, rows)
+                    sampled += self._sequences_due(own, entry, rows, turn)
         for request_id, rows_of_beams in beams.items():
             searching = progress[request_id]
             assert isinstance(searching, BeamProgress)
@@ -91,13 +96,22 @@ class Decoding:
         self._advance_sampled(sampled, logits, turn)
         return turn
 
-    def _sequences_due(self, progress: SampledProgress, entry: ScheduledSequence, rows: range) -> list[_Due]:
+    def _sequences_due(
+        self, progress: SampledProgress, entry: ScheduledSequence, rows: range, turn: Turn
+    ) -> list[_Due]:
         """The entry's sequence, or once its prompt is computed all that it is forked into."""
         request = progress.request
-        if request.is_forked or request.params.width == 1:
-            return [_due(progress, entry.sequence, entry, rows)]
-        self._scheduler.fork(request)
-        return [_due(progress, sequence, entry, rows) for sequence in request.sequences]
+        if request.status is RequestStatus.FINISHED:  # another of its sequences has failed
+            return []
+        sequences = [entry.sequence]
+        if not request.is_forked and request.params.width > 1:
+            self._scheduler.fork(request)
+            sequences = request.sequences
+        try:
+            return [_due(progress, sequence, entry, rows) for sequence in sequences]
+        except Exception as error:  # whatever a grammar may raise
+            self._fail(progress, RequestFailure.of(error), turn)
+            return []
 
     def _advance_sampled(self, due: list[_Due], logits: Tensor, turn: Turn) -> None:
         tokens = iter(sample(logits, [row for one in due for row in one.rows]))
@@ -106,19 +120,19 @@ class Decoding:
             self._take(one, [next(tokens) for _ in one.rows], now, turn)
 
     def _take(self, due: _Due, tokens: list[SampledToken], now: float, turn: Turn) -> None:
-        """Keep tokens as long as what was proposed is what was chosen."""
-        progress, sequence, proposal = due.progress, due.sequence, due.entry.proposal
-        taken: list[int] = []
-        text, is_finished = "", False
-        for token in tokens:
-            advance = progress.accept(sequence, token.token_id, token.entry)
-            taken.append(token.token_id)
-            text += advance.text
-            is_finished = advance.is_finished
-            if is_finished or taken != list(proposal[: len(taken)]):
-                break
+        progress, sequence = due.progress, due.sequence
+        if progress.request.status is RequestStatus.FINISHED:  # another of its sequences has failed
+            return
+        if not all(token.is_sound for token in tokens):
+            self._fail(progress, _NO_NUMBERS, turn)
+            return
+        try:
+            taken, text, is_finished = _accept(due, tokens)
+        except Exception as error:  # whatever a tokenizer or a grammar may raise
+            self._fail(progress, RequestFailure.of(error), turn)
+            return
         progress.phases.got_token(now)
-        if proposal:
+        if due.entry.proposal:
             self._accept_proposed(due, taken, turn)
         delta = progress.delta(sequence.index, taken, text)
         if delta is not None:
@@ -138,8 +152,16 @@ class Decoding:
         """`logits`: `[num_beams, vocab_size]`, of the request's live sequences in order."""
         request = progress.request
         num_top = max(progress.search.num_candidates, request.params.logprobs or 0)
-        forbidden = [progress.forbidden(sequence) for sequence in request.sequences]
-        live = progress.advance(most_probable(logits, num_top, forbidden))
+        try:
+            forbidden = [progress.forbidden(sequence) for sequence in request.sequences]
+            tops = most_probable(logits, num_top, forbidden)
+            if not all(math.isfinite(top[0][1]) for top in tops):
+                self._fail(progress, _NO_NUMBERS, turn)
+                return
+            live = progress.advance(tops)
+        except Exception as error:  # whatever a tokenizer may raise
+            self._fail(progress, RequestFailure.of(error), turn)
+            return
         progress.phases.got_token(self._clock())
         if not live:
             self._remove(progress, turn)
@@ -153,6 +175,19 @@ class Decoding:
             beams.append(beam)
         self._scheduler.replace_sequences(request, beams)
 
+    def _end_after_prompt(self, progress: SampledProgress, turn: Turn) -> None:
+        """Of a request that generates nothing."""
+        if not all(math.isfinite(entry.logprob) for entry in progress.prompt_logprobs):
+            self._fail(progress, _NO_NUMBERS, turn)
+            return
+        turn.deltas += progress.accept_nothing()
+        self._remove(progress, turn)
+
+    def _fail(self, progress: RequestProgress, failure: RequestFailure, turn: Turn) -> None:
+        """The request ends here, with those of its sequences that had finished."""
+        progress.failure = failure
+        self._remove(progress, turn)
+
     def _finish_sequence(self, progress: RequestProgress, sequence: Sequence, turn: Turn) -> None:
         self._scheduler.finish_sequence(progress.request, sequence)
         if not progress.request.sequences:
@@ -161,6 +196,23 @@ class Decoding:
     def _remove(self, progress: RequestProgress, turn: Turn) -> None:
         self._scheduler.remove(progress.request)
         turn.ended.append(progress)
+
+
+def _accept(due: _Due, tokens: list[SampledToken]) -> tuple[list[int], str, bool]:
+    """Keep tokens as long as what was proposed is what was chosen.
+
+    Returns the tokens kept, the text they released, and whether they end the sequence.
+    """
+    taken: list[int] = []
+    text, is_finished = "", False
+    for token in tokens:
+        advance = due.progress.accept(due.sequence, token.token_id, token.entry)
+        taken.append(token.token_id)
+        text += advance.text
+        is_finished = advance.is_finished
+        if is_finished or taken != list(due.entry.proposal[: len(taken)]):
+            break
+    return taken, text, is_finished
 
 
 def _due(progress: SampledProgress, sequence: Sequence, entry: ScheduledSequence, rows: range) -> _Due:

@@ -104,11 +104,16 @@ class RequestFailure:
     message: str
     retryable: bool
 
+    @classmethod
+    def of(cls, error: Exception) -> RequestFailure:
+        """Of what was raised while the request's own tokens or text were at hand; its text may hold them."""
+        return cls("request_failed", f"{type(error).__name__} was raised over its output", retryable=True)
+
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
     """Attributes:
-    failure: Set when the request failed; its completions are what it had by then.
+    failure: Set when the request failed; its completions are those that had finished by then.
     prompt_logprobs: For each token of the prompt, the token itself and the most probable ones by their
         ids; `None` for the first, which nothing stands before, and where they were not asked for. Of an
         aborted request those that were computed.

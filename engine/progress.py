@@ -87,10 +87,15 @@ class RequestProgress(ABC):
     def num_completion_tokens(self) -> int: ...
 
     def output(self, at: float) -> RequestOutput:
-        """The request's result, once all its sequences have finished or been aborted."""
+        """The request's result, once all its sequences have finished, been aborted or failed."""
+        try:
+            completions, prompt_logprobs = self.completions(), self._told_prompt_logprobs()
+        except Exception as error:  # whatever a tokenizer may raise
+            self.failure = self.failure or RequestFailure.of(error)
+            completions, prompt_logprobs = (), None
         return RequestOutput(
             request_id=self.request.request_id,
-            completions=self.completions(),
+            completions=completions,
             usage=Usage(
                 prompt_tokens=len(self._prompt_token_ids),
                 completion_tokens=self.num_completion_tokens(),
@@ -98,7 +103,7 @@ class RequestProgress(ABC):
             ),
             phases=self.phases.finish(at),
             failure=self.failure,
-            prompt_logprobs=self._told_prompt_logprobs(),
+            prompt_logprobs=prompt_logprobs,
         )
 
     def _told_prompt_logprobs(self) -> tuple[dict[int, PromptLogprob] | None, ...] | None:

@@ -61,10 +61,12 @@ class SamplerRow:
 class SampledToken:
     """Attributes:
     entry: `None` unless the request's parameters need log-probabilities.
+    is_sound: Whether its logits were numbers; of a row with a NaN or an infinity any token may come.
     """
 
     token_id: int
     entry: TokenLogprob | None
+    is_sound: bool = True
 
 
 @torch.inference_mode()
@@ -79,7 +81,11 @@ def sample(logits: Tensor, rows: SequenceOf[SamplerRow]) -> list[SampledToken]:
     changed = _apply_changes(own, rows)
     token_ids = _choose(changed, rows)
     entries = _score_rows(own, rows, token_ids)
-    return [SampledToken(token_id, entries.get(index)) for index, token_id in enumerate(token_ids)]
+    are_sound = _are_sound(own, rows, token_ids)
+    return [
+        SampledToken(token_id, entries.get(index), is_sound)
+        for index, (token_id, is_sound) in enumerate(zip(token_ids, are_sound, strict=True))
+    ]
 
 
 @torch.inference_mode()
@@ -140,6 +146,16 @@ def _choose(logits: Tensor, rows: SequenceOf[SamplerRow]) -> list[int]:
             for index, token_id in zip(group, tokens, strict=True):
                 chosen[index] = token_id
     return chosen
+
+
+def _are_sound(logits: Tensor, rows: SequenceOf[SamplerRow], token_ids: SequenceOf[int]) -> list[bool]:
+    """Of a greedy row the chosen token tells, for argmax finds a NaN first, then an infinity."""
+    extremes = logits.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0]
+    drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
+    if drawn:
+        extremes[drawn] = _select(logits, drawn).amax(dim=-1)
+    are_sound: list[bool] = extremes.isfinite().tolist()
+    return are_sound
 
 
 def _argmax(logits: Tensor) -> list[int]:
@@ -240,7 +256,9 @@ def _invert(weights: Tensor, rows: SequenceOf[SamplerRow]) -> list[int]:
     target = _column([row.draw for row in rows], weights) * total
     # Rounding may lift the target to the total itself, past the last token of any weight.
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-    places: list[int] = torch.searchsorted(cumulative, target, right=True).flatten().tolist()
+    # Among NaNs nothing is found, not even the end.
+    found = torch.searchsorted(cumulative, target, right=True).clamp_(max=weights.shape[-1] - 1)
+    places: list[int] = found.flatten().tolist()
     return places
 
 
