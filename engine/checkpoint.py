@@ -12,7 +12,7 @@ held twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +84,9 @@ class Checkpoint:
 
     Every tensor is taken at most once; `finish` tells which were never asked for. `layout` is what layers are
     to make of the weights they took.
+
+    Attributes:
+        on_read: Called with the bytes of each tensor once it is read.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class Checkpoint:
         self.dtype = dtype
         self.device = device
         self.layout = layout
+        self.on_read: Callable[[int], None] = lambda num_bytes: None
 
     @classmethod
     def open(
@@ -129,6 +133,11 @@ class Checkpoint:
             for name in file.names()
         }
         return cls(entries, str(folder), dtype=dtype, device=device, layout=layout)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the files whose tensors have not all been taken."""
+        return sum(path.stat().st_size for path in {entry.file.path for entry in self._entries.values()})
 
     def has(self, name: str) -> bool:
         return name in self._entries
@@ -189,6 +198,7 @@ class Checkpoint:
         if source.dtype not in _FLOAT_DTYPES:
             raise ModelLoadError(where, f"tensor {name} is {source.dtype}, which is not supported")
         target.copy_(source)
+        self.on_read(source.nbytes)
 
 
 def _find_files(folder: Path) -> list[TensorFile]:

@@ -44,7 +44,7 @@ from engine.sequence import Request
 from engine.sequence import Sequence as TokenSequence
 from engine.stats import StepObserver, StepStats
 from engine.structured import GrammarCompiler
-from engine.weights import LoadedModel, load_model
+from engine.weights import LoadedModel, LoadObserver, load_model
 
 __all__ = [
     "Completion",
@@ -108,11 +108,11 @@ class Engine:
     def from_config(
         cls,
         config: EngineConfig,
-        progress: Callable[[str], None] | None = None,
         *,
+        loading: LoadObserver | None = None,
         observer: StepObserver | None = None,
     ) -> Engine:
-        """Load the weights and make the cache; `progress` is told of each stage in a few words.
+        """Load the weights, of which `loading` is told, and make the cache.
 
         Raises:
             ConfigError: the device or the kernels are not there, or the model does not fit the configuration.
@@ -122,13 +122,13 @@ class Engine:
             raise ConfigError("device", config.device, "needs a CUDA device that torch can use")
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        in_use = _choose_kernels(config, progress)
+        in_use = _choose_kernels(config, loading)
         loaded = load_model(
             config.model,
             dtype=getattr(torch, config.activation_dtype),
             device=torch.device(config.device),
             layout=_choose_layout(config, in_use),
-            progress=progress,
+            observer=loading,
         )
         return cls(loaded, config, observer=observer)
 
@@ -333,15 +333,15 @@ def _describe(loaded: LoadedModel, config: EngineConfig, shape: KVCacheShape) ->
     )
 
 
-def _choose_kernels(config: EngineConfig, progress: Callable[[str], None] | None) -> KernelsInUse:
+def _choose_kernels(config: EngineConfig, loading: LoadObserver | None) -> KernelsInUse:
     try:
         in_use = use_kernels(config.kernels)
     except KernelsUnavailableError as error:
         raise ConfigError("kernels", config.kernels, f"cannot be had: {error}") from error
     if config.is_batch_invariant and in_use.level is None:
         raise ConfigError("is_batch_invariant", True, f"needs native CPU kernels: {in_use.reason}")
-    if progress is not None and config.device == "cpu":
-        progress(f"CPU kernels: {in_use.level or f'reference in plain torch ({in_use.reason})'}")
+    if loading is not None and config.device == "cpu":
+        loading.on_stage(f"CPU kernels: {in_use.level or f'reference in plain torch ({in_use.reason})'}")
     return in_use
 
 

@@ -6,9 +6,9 @@ name or path ─▶ folder ─▶ config.json ─▶ family ─▶ tensors ─�
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -18,6 +18,33 @@ from engine.model_config import ConfigFields, ModelConfig
 from engine.models import CausalLM
 from engine.models.registry import find_family
 from engine.tokenizer import Tokenizer
+
+
+class LoadObserver(Protocol):
+    """Told how the loading of a model goes, by the thread that loads."""
+
+    def on_stage(self, what: str) -> None:
+        """What happens next, in a few words."""
+
+    def on_weights(self, num_bytes: int, total_bytes: int) -> None:
+        """So many of the weights' bytes are in; at the end all of them."""
+
+
+@dataclass(slots=True)
+class _WeightCount:
+    """Adds up what is read of the weights, for an observer."""
+
+    observer: LoadObserver
+    total_bytes: int
+    num_bytes: int = 0
+
+    def __call__(self, num_bytes: int) -> None:
+        self.num_bytes += num_bytes
+        self.observer.on_weights(self.num_bytes, self.total_bytes)
+
+    def finish(self) -> None:
+        """Heads of the files and tensors that are not used were not read."""
+        self.observer.on_weights(self.total_bytes, self.total_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +73,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     layout: WeightLayout = "dense",
-    progress: Callable[[str], None] | None = None,
+    observer: LoadObserver | None = None,
 ) -> LoadedModel:
     """Load a model in Hugging Face layout.
 
@@ -57,23 +84,26 @@ def load_model(
         dtype: of weights and activations; checkpoints in float16, bfloat16 and float32 are converted.
         device: where the model will run.
         layout: of the dense layers.
-        progress: told in a few words what happens next.
+        observer: of the loading.
 
     Raises:
         ModelLoadError: one line that names the file and what is wrong with it.
     """
-    report = progress if progress is not None else _ignore
-    report(f"finding {name_or_path}")
+    observer = observer if observer is not None else _Nobody()
+    observer.on_stage(f"finding {name_or_path}")
     folder = find_folder(name_or_path)
     fields = ConfigFields.from_file(folder / "config.json")
     architecture, family = find_family(fields)
     tokenizer = Tokenizer.from_folder(folder)
     _check_vocabulary(fields, tokenizer)
-    report(f"loading the weights of {architecture}")
+    observer.on_stage(f"loading the weights of {architecture}")
     checkpoint = Checkpoint.open(
         folder, name_prefix=family.name_prefix, dtype=dtype, device=device, layout=layout
     )
+    count = _WeightCount(observer, checkpoint.num_bytes)
+    checkpoint.on_read = count
     model = family.load(fields, architecture, checkpoint)
+    count.finish()
     eos = _read_eos(folder) or model.config.eos_token_ids or tokenizer.eos_token_ids
     return LoadedModel(model, model.config, tokenizer, GenerationConfig(eos))
 
@@ -89,5 +119,7 @@ def _check_vocabulary(fields: ConfigFields, tokenizer: Tokenizer) -> None:
         raise fields.invalid("vocab_size", f"must be at least the tokenizer's {tokenizer.vocab_size} tokens")
 
 
-def _ignore(_: str) -> None:
-    return None
+class _Nobody:
+    def on_stage(self, what: str) -> None: ...
+
+    def on_weights(self, num_bytes: int, total_bytes: int) -> None: ...

@@ -115,12 +115,19 @@ class ChildRuntime:
     def _launch(self) -> ModelFacts:
         child = EngineChild()
         self._child = child
+        started_at = monotonic()
         try:
             facts = child.load(Start(self._config, self._steps.sampling), self._start_seconds)
         except EngineStartError:
             child.close()
             raise
         self._last_heard = monotonic()
+        logger.info(
+            "loaded %s, %.0f million parameters, in %.1f s",
+            facts.architecture,
+            facts.num_parameters / 1e6,
+            self._last_heard - started_at,
+        )
         self._is_up.set()
         return facts
 

@@ -18,6 +18,7 @@ from engine.core import Engine
 from engine.errors import EngineError
 from engine.outputs import RequestOutput
 from engine.stats import StepStats
+from workers.engines.loading import show_loading
 from workers.engines.protocol import (
     BEAT_SECONDS,
     Abort,
@@ -144,7 +145,8 @@ def serve(connection: Connection) -> None:
     """Load what `Start` says, then run until the connection closes."""
     start = connection.recv()
     try:
-        engine = Engine.from_config(start.config)
+        with show_loading() as loading:
+            engine = Engine.from_config(start.config, loading=loading)
     except EngineError as error:
         connection.send(StartFailed(str(error)))
         return

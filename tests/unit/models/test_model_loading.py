@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +140,31 @@ def test_end_token_comes_from_the_tokenizer_when_no_config_names_one(folder: Pat
     assert load(folder).generation_config.eos_token_ids == (2,)
 
 
-def test_progress_is_told_before_the_weights_are_read(folder: Path) -> None:
-    told: list[str] = []
+@dataclass
+class Told:
+    stages: list[str] = field(default_factory=list)
+    weights: list[tuple[int, int]] = field(default_factory=list)
 
-    load_model(str(folder), dtype=torch.float32, device=torch.device("cpu"), progress=told.append)
+    def on_stage(self, what: str) -> None:
+        self.stages.append(what)
 
-    assert told[-1] == "loading the weights of OPTForCausalLM"
+    def on_weights(self, num_bytes: int, total_bytes: int) -> None:
+        self.weights.append((num_bytes, total_bytes))
+
+
+def test_loading_is_told_by_stage_and_by_the_bytes_of_all_parts(sharded_folder: Path) -> None:
+    told = Told()
+
+    load_model(str(sharded_folder), dtype=torch.float32, device=torch.device("cpu"), observer=told)
+
+    total = sum(path.stat().st_size for path in sharded_folder.glob("*.safetensors"))
+    counts = [num_bytes for num_bytes, _ in told.weights]
+    assert told.stages[-1] == "loading the weights of LlamaForCausalLM"
+    assert {of for _, of in told.weights} == {total}
+    assert len(set(counts)) > 10
+    assert counts == sorted(counts)
+    assert counts[-1] == total
+    assert counts[-2] > 0.9 * total, "the last tensor left a tenth of the files unread"
 
 
 def remove(name: str) -> Callable[[Path], None]:
