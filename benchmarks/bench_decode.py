@@ -21,7 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.bench_engine import Timing, make_workload
+from benchmarks.bench_engine import Timing
+from benchmarks.workload import make_workload
 from cuda_ops.native import use_kernels
 from engine.config import Dtype, EngineConfig, Kernels
 from engine.core import Engine

@@ -1,26 +1,29 @@
 """Engine tokens/s against `transformers` generate, in one run, on one model folder and one workload.
 
-    python -m benchmarks.bench_engine --make-model FOLDER        # OPT-125M's shape, random weights, once
-    python -m benchmarks.bench_engine --model FOLDER [--workload FILE] [--repeats 5]
+    throughline bench engine --make-model FOLDER         write OPT-125M's shape, random weights, once
+    throughline bench engine --model FOLDER              the table
+    throughline bench engine --model FOLDER --workload FILE --chart chart.svg
 
-A workload file is {"name", "requests": [{"id", "prompt_ids", "max_new_tokens"}]}; without one, 64 requests
-with prompts of 16 to 128 tokens and 64 new tokens are made from a fixed seed. All requests are there from
-the start; decoding is greedy and ignores end-of-sequence, so the number of output tokens is fixed.
+A workload file is {"requests": [{"id", "prompt_ids", "max_new_tokens"}, ...]}; without one, 64 requests with
+prompts of 16 to 128 tokens and 64 new tokens are made from a fixed seed. All requests are there from the
+start; decoding is greedy and ignores end-of-sequence, so the number of output tokens is fixed.
 
 The contestants take turns, so that a busy spell of the machine hits them all. Tokens per CPU second of this
 process, with `--threads 1` (no spinning at barriers), hardly depend on what else runs; the wall clock with
-more threads says more on a quiet machine.
+more threads says more on a quiet machine. OMP_WAIT_POLICY=PASSIVE keeps threads from spinning.
+
+With --chart the workload's first 1, 2, 4 ... requests also run as one batch each: tokens a second, and
+milliseconds that a request takes for each of its tokens, against the size of the batch.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import random
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,22 +33,21 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from benchmarks.chart import Panel, draw
+from benchmarks.measure import positive
+from benchmarks.workload import BenchRequest, WorkloadError, load_workload, make_workload
 from cuda_ops.native import KernelChoice, use_kernels
 from engine.config import Dtype, EngineConfig, Kernels
 from engine.core import Engine
+from engine.errors import EngineError
+from engine.hub import find_folder
 from engine.sampling import SamplingParams
+from workers.engines.loading import show_loading
 
 PAD_TOKEN_ID = 1
 NUM_WARM_UP_REQUESTS = 8
 NUM_WARM_UP_TOKENS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class BenchRequest:
-    request_id: str
-    prompt_ids: list[int]
-    max_new_tokens: int
-
+_BAR_WIDTH = 30
 
 Contestant = Callable[[list[BenchRequest]], list[list[int]]]
 
@@ -55,29 +57,26 @@ def main() -> None:
     if arguments.make_model is not None:
         make_opt_125m(arguments.make_model)
         return
+    try:
+        _bench(arguments)
+    except (EngineError, WorkloadError) as error:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {error}") from error
+
+
+def _bench(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
-    requests = load_workload(arguments.workload) if arguments.workload else make_workload()
-    contestants = _contestants(arguments)
+    requests = load_workload(arguments.workload) if arguments.workload else None
+    folder = find_folder(arguments.model)
+    if requests is None:
+        requests = make_workload(vocab_size=transformers.AutoConfig.from_pretrained(folder).vocab_size)
+    contestants = _contestants(arguments, folder)
     timings = measure(contestants, requests, arguments.repeats)
     _print(timings, sum(request.max_new_tokens for request in requests), arguments)
-
-
-def make_workload(num_requests: int = 64, seed: int = 0) -> list[BenchRequest]:
-    generator = random.Random(seed)
-    return [
-        BenchRequest(
-            str(index), [generator.randrange(10, 30000) for _ in range(generator.randint(16, 128))], 64
-        )
-        for index in range(num_requests)
-    ]
-
-
-def load_workload(path: Path) -> list[BenchRequest]:
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    return [
-        BenchRequest(request["id"], request["prompt_ids"], request["max_new_tokens"])
-        for request in raw["requests"]
-    ]
+    if arguments.chart is not None:
+        lines = sweep(_for_chart(contestants), requests, arguments.chart_sizes, arguments.repeats)
+        _print_sweep(lines)
+        arguments.chart.write_text(_draw_sweep(lines), encoding="utf-8")
+        print(f"chart: {arguments.chart}")
 
 
 def make_opt_125m(folder: Path) -> None:
@@ -115,58 +114,101 @@ class Timing:
 
 
 def measure(
-    contestants: dict[str, Contestant], requests: list[BenchRequest], repeats: int
+    contestants: Mapping[str, Contestant], requests: list[BenchRequest], repeats: int
 ) -> dict[str, list[Timing]]:
     """Time each repeat. The order turns by one each time, so that none always follows the same one."""
     few = [
-        BenchRequest(request.request_id, request.prompt_ids, NUM_WARM_UP_TOKENS)
+        BenchRequest(request.request_id, request.prompt_ids, min(NUM_WARM_UP_TOKENS, request.max_new_tokens))
         for request in requests[:NUM_WARM_UP_REQUESTS]
     ]
     for run in contestants.values():
         run(few)
     timings: dict[str, list[Timing]] = {name: [] for name in contestants}
-    names = list(contestants)
     for repeat in range(repeats):
-        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
-            wall, cpu = time.perf_counter(), time.process_time()
-            outputs = contestants[name](requests)
-            timings[name].append(Timing(time.perf_counter() - wall, time.process_time() - cpu))
-            _check_lengths(name, outputs, requests)
+        for name in _turned(list(contestants), repeat):
+            timings[name].append(_time(name, contestants[name], requests))
     return timings
 
 
-def _check_lengths(name: str, outputs: list[list[int]], requests: list[BenchRequest]) -> None:
+def _turned(names: list[str], repeat: int) -> list[str]:
+    return names[repeat % len(names) :] + names[: repeat % len(names)]
+
+
+def _time(name: str, run: Contestant, requests: list[BenchRequest]) -> Timing:
+    wall, cpu = time.perf_counter(), time.process_time()
+    outputs = run(requests)
+    timing = Timing(time.perf_counter() - wall, time.process_time() - cpu)
     if [len(output) for output in outputs] != [request.max_new_tokens for request in requests]:
         raise SystemExit(f"{name}: an output has not the length asked for, so its time means nothing")
+    return timing
 
 
-def _contestants(arguments: argparse.Namespace) -> dict[str, Contestant]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        arguments.model, dtype=getattr(torch, arguments.dtype)
-    ).eval()
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Of one batch that runs from its prompts to its end.
+
+    Attributes:
+        token_milliseconds: That the batch takes for each token of its longest request.
+    """
+
+    batch_size: int
+    tokens_per_second: float
+    token_milliseconds: float
+
+
+def sweep(
+    contestants: Mapping[str, Contestant], requests: list[BenchRequest], sizes: list[int], repeats: int
+) -> dict[str, list[Point]]:
+    """The median of the repeats for each contestant and size; sizes above the workload's are left out."""
+    lines: dict[str, list[Point]] = {name: [] for name in contestants}
+    for size in sorted({size for size in sizes if size <= len(requests)}):
+        batch = requests[:size]
+        num_tokens = sum(request.max_new_tokens for request in batch)
+        longest = max(request.max_new_tokens for request in batch)
+        seconds: dict[str, list[float]] = {name: [] for name in contestants}
+        for repeat in range(repeats):
+            for name in _turned(list(contestants), repeat):
+                seconds[name].append(_time(name, contestants[name], batch).wall_seconds)
+        for name, values in seconds.items():
+            median = statistics.median(values)
+            lines[name].append(Point(size, num_tokens / median, 1000 * median / longest))
+    return lines
+
+
+def _for_chart(contestants: Mapping[str, Contestant]) -> dict[str, Contestant]:
+    """Without the engine's slow twin, and of `transformers` the one that takes the batch whole."""
+    whole = [name for name in contestants if name.startswith("transformers")][-1]
+    chosen = ("engine", "engine, int8", whole)
+    return {name: run for name, run in contestants.items() if name in chosen}
+
+
+def _contestants(arguments: argparse.Namespace, folder: Path) -> dict[str, Contestant]:
     contestants: dict[str, Contestant] = {
-        "engine": _engine(arguments, arguments.dtype, "auto"),
-        "engine, int8": _engine(arguments, "int8", "auto"),
-        "engine, plain-torch ops": _engine(arguments, arguments.dtype, "reference"),
+        "engine": _engine(arguments, folder, arguments.dtype, "auto"),
+        "engine, int8": _engine(arguments, folder, "int8", "auto"),
+        "engine, plain-torch ops": _engine(arguments, folder, arguments.dtype, "reference"),
     }
-    for batch_size in arguments.batch_sizes:
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, arguments.dtype)
+    ).eval()
+    for batch_size in sorted(arguments.batch_sizes):
         contestants[f"transformers, batches of {batch_size}"] = _padded(model, batch_size)
     return contestants
 
 
-def _engine(arguments: argparse.Namespace, dtype: Dtype, kernels: Kernels) -> Contestant:
-    engine = Engine.from_config(
-        EngineConfig(
-            model=str(arguments.model),
-            dtype=dtype,
-            num_threads=arguments.threads,
-            max_num_sequences=arguments.max_num_sequences,
-            max_num_batched_tokens=arguments.max_num_batched_tokens,
-            kernels=kernels,
-            # The rounds' prompts are the same: remembered ones would cost nothing from the second round on.
-            keeps_prefixes=False,
-        )
+def _engine(arguments: argparse.Namespace, folder: Path, dtype: Dtype, kernels: Kernels) -> Contestant:
+    config = EngineConfig(
+        model=str(folder),
+        dtype=dtype,
+        num_threads=arguments.threads,
+        max_num_sequences=arguments.max_num_sequences,
+        max_num_batched_tokens=arguments.max_num_batched_tokens,
+        kernels=kernels,
+        # The rounds' prompts are the same: remembered ones would cost nothing from the second round on.
+        keeps_prefixes=False,
     )
+    with show_loading() as loading:
+        engine = Engine.from_config(config, loading=loading)
     return lambda requests: run_engine(engine, requests, kernels)
 
 
@@ -243,22 +285,60 @@ def _table(measure_name: str, rates: dict[str, list[float]]) -> Table:
     return table
 
 
+def _print_sweep(lines: dict[str, list[Point]]) -> None:
+    """The chart, as far as a terminal has one: bars."""
+    most = max(point.tokens_per_second for points in lines.values() for point in points)
+    table = Table("batch", "contestant", "tokens per second", "", "ms a token", title="by size of the batch")
+    for size in [point.batch_size for point in next(iter(lines.values()))]:
+        for name, points in lines.items():
+            point = next(point for point in points if point.batch_size == size)
+            bar = "█" * max(1, round(_BAR_WIDTH * point.tokens_per_second / most))
+            cells = (f"{point.tokens_per_second:.0f}", bar, f"{point.token_milliseconds:.1f}")
+            table.add_row(str(size), name, *cells)
+        table.add_section()
+    Console(width=110).print(table)
+
+
+def _draw_sweep(lines: dict[str, list[Point]]) -> str:
+    rates = {name: [(p.batch_size, p.tokens_per_second) for p in points] for name, points in lines.items()}
+    waits = {name: [(p.batch_size, p.token_milliseconds) for p in points] for name, points in lines.items()}
+    return draw(
+        [Panel("output tokens per second", rates), Panel("ms a token", waits)], "requests in the batch"
+    )
+
+
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", type=Path, help="model folder")
+    what.add_argument("--model", help="a model folder, or a hub name")
     what.add_argument(
         "--make-model", type=Path, metavar="FOLDER", help="write an OPT-125M shape here and stop"
     )
-    parser.add_argument("--workload", type=Path, help="workload file")
+    parser.add_argument("--workload", type=Path, metavar="FILE", help="what to run (see above)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--max-num-sequences", type=int, default=256)
-    parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
+    parser.add_argument("--threads", type=positive, default=2, help="of torch, by default 2")
+    parser.add_argument("--repeats", type=positive, default=5, help="rounds, by default 5")
+    parser.add_argument(
+        "--batch-sizes",
+        type=positive,
+        nargs="+",
+        default=[16, 64],
+        metavar="N",
+        help="of the batches `transformers` gets, by default 16 and 64; the engine makes its own",
+    )
+    parser.add_argument("--chart", type=Path, metavar="FILE.svg", help="draw rates by size of the batch")
+    parser.add_argument(
+        "--chart-sizes",
+        type=positive,
+        nargs="+",
+        default=[1, 2, 4, 8, 16, 32, 64],
+        metavar="N",
+        help="sizes in the chart, by default 1 2 4 8 16 32 64; those above the workload's are left out",
+    )
+    parser.add_argument("--max-num-sequences", type=positive, default=256)
+    parser.add_argument("--max-num-batched-tokens", type=positive, default=2048)
     return parser.parse_args()
 
 
