@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import click
 
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _BARE_ADDRESS = re.compile(r"[\w.\-]+:\d{1,5}")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -56,6 +57,13 @@ def model_name(text: str) -> str:
     if not name or "," in name:
         raise click.BadParameter(f"{text!r} must not be empty or hold a comma; repeat the option instead")
     return name
+
+
+def device(text: str) -> str:
+    """An option type: where a model runs."""
+    if not _DEVICE.fullmatch(text):
+        raise click.BadParameter(f"{text!r} must be cpu, cuda, cuda:N or auto")
+    return text
 
 
 class _Finite(click.FloatRange):
@@ -185,7 +193,13 @@ def engine_options(command: Command) -> Command:
             help="Run up to N tokens of a sequence ahead in a step, as they followed when the same words "
             "stood before: faster for text that repeats itself, the same tokens for all.  [default: 0]",
         ),
-        click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where the model runs."),
+        click.option(
+            "--device",
+            type=device,
+            metavar="DEVICE",
+            help="Where the model runs: cpu, cuda (the first GPU), cuda:N, or auto, a GPU if there is one.  "
+            "[default: cpu]",
+        ),
         click.option(
             "--dtype", type=click.Choice(["float32", "bfloat16", "int8"]), help="Type of the weights."
         ),

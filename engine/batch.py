@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.attention import AttentionMetadata
+from engine.block_manager import BlockCopy
 from engine.scheduler import ScheduledBatch
 
 Integers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
@@ -25,6 +26,25 @@ class ModelInput:
     positions: Tensor
     metadata: AttentionMetadata
 
+    @classmethod
+    def of(cls, layout: BatchLayout, device: torch.device) -> ModelInput:
+        query_start = np.zeros(len(layout.lengths) + 1, dtype=np.int32)
+        np.cumsum(layout.lengths, out=query_start[1:])
+        context_lens = layout.starts + layout.lengths
+        return cls(
+            input_ids=to_device(layout.token_ids, device),
+            positions=to_device(layout.positions, device),
+            metadata=AttentionMetadata(
+                query_start=to_device(query_start, device),
+                context_lens=to_device(context_lens.astype(np.int32), device),
+                block_tables=to_device(layout.tables, device),
+                slot_mapping=to_device(layout.slots, device),
+                max_query_len=int(layout.lengths.max()),
+                max_context_len=int(context_lens.max()),
+                num_decode_sequences=int((layout.lengths == 1).sum()),
+            ),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class BatchLayout:
@@ -35,6 +55,7 @@ class BatchLayout:
         owners, token_ids, positions, slots: `[num_tokens]`: each token's entry, id, place in its sequence,
             and slot in the cache.
         tables: `[num_entries, max_blocks]` int32, padded with 0.
+        copies: Blocks to copy before anything is written.
     """
 
     starts: Integers
@@ -44,6 +65,11 @@ class BatchLayout:
     positions: Integers
     slots: Integers
     tables: np.ndarray[tuple[int, int], np.dtype[np.int32]]
+    copies: tuple[BlockCopy, ...] = ()
+
+    @property
+    def has_single_tokens_only(self) -> bool:
+        return len(self.lengths) == len(self.owners)
 
     @classmethod
     def of(cls, batch: ScheduledBatch, block_size: int) -> BatchLayout:
@@ -55,31 +81,37 @@ class BatchLayout:
         positions = np.arange(len(owners)) + np.repeat(starts - first_tokens, lengths)
         blocks = tables[owners, positions // block_size].astype(np.int64)
         slots = blocks * block_size + positions % block_size
-        return cls(starts, lengths, owners, _token_ids(batch), positions, slots, tables)
+        copies = tuple(batch.copies)
+        return cls(starts, lengths, owners, _token_ids(batch), positions, slots, tables, copies)
 
 
-def build_model_input(batch: ScheduledBatch, block_size: int, device: torch.device) -> ModelInput:
-    layout = BatchLayout.of(batch, block_size)
-    query_start = np.zeros(len(layout.lengths) + 1, dtype=np.int32)
-    np.cumsum(layout.lengths, out=query_start[1:])
-    context_lens = layout.starts + layout.lengths
-    return ModelInput(
-        input_ids=to_device(layout.token_ids, device),
-        positions=to_device(layout.positions, device),
-        metadata=AttentionMetadata(
-            query_start=to_device(query_start, device),
-            context_lens=to_device(context_lens.astype(np.int32), device),
-            block_tables=to_device(layout.tables, device),
-            slot_mapping=to_device(layout.slots, device),
-            max_query_len=int(layout.lengths.max()),
-            max_context_len=int(context_lens.max()),
-            num_decode_sequences=int((layout.lengths == 1).sum()),
-        ),
-    )
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """Tokens that a step runs before the host knows them.
+
+    Attributes:
+        ids: `[n]` int64 on the device, chosen by the step before.
+        rows, sources: Of the step's tokens, those that are fed; and which of `ids` each of them is.
+    """
+
+    ids: Tensor
+    rows: Integers
+    sources: Integers
+
+    def put_into(self, input_ids: Tensor) -> None:
+        rows, sources = (to_device(array, self.ids.device) for array in (self.rows, self.sources))
+        input_ids.index_copy_(0, rows, self.ids.index_select(0, sources))
 
 
 def to_device(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
+    """Waits for nothing."""
+    return to_pinned(array, device).to(device, non_blocking=True)
+
+
+def to_pinned(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], device: torch.device) -> Tensor:
+    """On the host; for a GPU in memory that it can read itself, which torch reuses once that has happened."""
+    host = torch.from_numpy(array)
+    return host.pin_memory() if device.type == "cuda" else host
 
 
 def _token_ids(batch: ScheduledBatch) -> Integers:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.attention import AttentionMetadata
-from engine.batch import BatchLayout, Integers, ModelInput, to_device
+from engine.batch import BatchLayout, Feed, Integers, ModelInput, to_device
 from engine.kv_cache import KVCache
 from engine.models import CausalLM
 from engine.scheduler import ScheduledBatch
@@ -71,18 +71,20 @@ class BatchInvariantRunner:
     The cache has `num_spare_blocks` more blocks than the block manager hands out.
     """
 
-    def __init__(self, model: CausalLM, cache: KVCache, block_size: int, device: torch.device) -> None:
+    def __init__(self, model: CausalLM, cache: KVCache, device: torch.device) -> None:
         self._model = model
         self._cache = cache
-        self._block_size = block_size
+        self._block_size = cache.block_size
         self._device = device
-        self._first_spare_block = cache.num_blocks - num_spare_blocks(block_size)
+        self._first_spare_block = cache.num_blocks - num_spare_blocks(cache.block_size)
 
     @torch.inference_mode()
-    def run(self, batch: ScheduledBatch) -> Tensor:
-        """As `ModelRunner.run`."""
+    def run(self, batch: ScheduledBatch, feed: Feed | None = None) -> Tensor:
+        """As `Runner.run`."""
         self._cache.copy_blocks(batch.copies)
         layout = BatchLayout.of(batch, self._block_size)
+        if feed is not None:  # on the CPU, where this runner runs, they are there already
+            layout.token_ids[feed.rows] = feed.ids.numpy()[feed.sources]
         order = _order(batch, layout)
         hidden = torch.cat(
             [
@@ -94,7 +96,7 @@ class BatchInvariantRunner:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:
-        """As `ModelRunner.logits`."""
+        """As `Runner.logits`."""
         chosen = hidden[torch.tensor(rows, device=self._device)]
         padded = F.pad(chosen, (0, 0, 0, -len(rows) % NUM_ROWS))
         tiles = (padded[first : first + NUM_ROWS] for first in range(0, len(rows), NUM_ROWS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -9,8 +10,11 @@ from engine.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 ActivationDtype = Literal["float32", "bfloat16"]
-Device = Literal["cpu", "cuda"]
+Switch = Literal["auto", "on", "off"]
+"""`auto` is on where it pays: on a GPU."""
 Kernels = Literal["auto", "native", "reference"]
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,10 +25,13 @@ class EngineConfig:
         model: A folder in Hugging Face layout, or a hub name.
         dtype: Of weights, activations and cache. `int8` rounds the weights of dense layers, each output on a
             scale of its own, and keeps the rest in bfloat16; on the CPU only.
+        device: `cpu`, `cuda` for the first GPU, `cuda:N`, or `auto`: the first GPU if there is one.
         block_size: Tokens per block of the KV cache.
         num_blocks: Blocks in the KV cache; `None` derives it from `kv_cache_bytes`.
         kv_cache_bytes: Upper bound for the cache when `num_blocks` is `None`. A model so small that every
-            running sequence at full length needs less gets less.
+            running sequence at full length needs less gets less. `None` is 1 GiB on the CPU, and on a GPU
+            what `gpu_memory_share` leaves.
+        gpu_memory_share: Of a GPU's memory, what weights, cache and the largest step may take together.
         max_num_sequences: Sequences running at once; a request of n sequences takes n of these seats.
         max_num_batched_tokens: Token budget of one step. Not below `max_num_sequences`, so that everything
             that decodes always fits and only prefill is rationed.
@@ -35,22 +42,26 @@ class EngineConfig:
         num_threads: Threads of the CPU operators; `None` leaves the process as it is.
         is_batch_invariant: A token's logits are the same to the last bit whatever else is in the batch. Takes
             native kernels on the CPU, and time.
+        decode_graphs: Steps in which every sequence runs one token are replayed from CUDA graphs that were
+            captured at start. On the CPU `on` runs the same static buffers without a graph, for tests.
         kernels: What the ops on the CPU run, for the whole process: `auto` takes native kernels where they
             are built, `native` insists on them, `reference` is plain torch.
     """
 
     model: str
     dtype: Dtype = "float32"
-    device: Device = "cpu"
+    device: str = "cpu"
     block_size: int = 16
     num_blocks: int | None = None
-    kv_cache_bytes: int = 1 << 30
+    kv_cache_bytes: int | None = None
+    gpu_memory_share: float = 0.9
     max_num_sequences: int = 256
     max_num_batched_tokens: int = 2048
     max_model_len: int | None = None
     keeps_prefixes: bool = True
     num_speculative_tokens: int = 0
     num_threads: int | None = None
+    decode_graphs: Switch = "auto"
     kernels: Kernels = "auto"
     is_batch_invariant: bool = False
 
@@ -58,24 +69,37 @@ class EngineConfig:
         if not isinstance(self.model, str) or not self.model:
             raise ConfigError("model", self.model, "must be a folder or a hub name, and not empty")
         _check_choice("dtype", self.dtype, get_args(Dtype))
-        _check_choice("device", self.device, get_args(Device))
-        if self.dtype == "int8" and self.device != "cpu":
+        if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
+            raise ConfigError("device", self.device, "must be auto, cpu, cuda or cuda:N")
+        if self.dtype == "int8" and self.is_on_gpu:
             raise ConfigError("dtype", self.dtype, f"needs the device cpu, not {self.device}")
         _check_choice("kernels", self.kernels, get_args(Kernels))
-        for field in ("block_size", "kv_cache_bytes", "max_num_sequences", "max_num_batched_tokens"):
+        _check_choice("decode_graphs", self.decode_graphs, get_args(Switch))
+        for field in ("block_size", "max_num_sequences", "max_num_batched_tokens"):
             _check_positive(field, getattr(self, field))
-        for field in ("num_blocks", "max_model_len", "num_threads"):
+        for field in ("num_blocks", "kv_cache_bytes", "max_model_len", "num_threads"):
             if getattr(self, field) is not None:
                 _check_positive(field, getattr(self, field))
         _check_count("num_speculative_tokens", self.num_speculative_tokens)
-        if self.is_batch_invariant and self.device != "cpu":
-            raise ConfigError("is_batch_invariant", True, "must be off on any device but the CPU")
+        _check_share("gpu_memory_share", self.gpu_memory_share)
+        if self.is_batch_invariant and (self.is_on_gpu or self.decode_graphs == "on"):
+            raise ConfigError(
+                "is_batch_invariant", True, "must be off on any device but the CPU, and with decode_graphs"
+            )
         if self.max_num_batched_tokens < self.max_num_sequences:
             raise ConfigError(
                 "max_num_batched_tokens",
                 self.max_num_batched_tokens,
                 f"must be at least max_num_sequences ({self.max_num_sequences}), one token for each",
             )
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """False for `auto` too, until it is made into a device."""
+        return self.device.startswith("cuda")
+
+    def is_on(self, switch: Switch) -> bool:
+        return switch == "on" or (switch == "auto" and self.is_on_gpu)
 
     @property
     def activation_dtype(self) -> ActivationDtype:
@@ -96,3 +120,8 @@ def _check_count(field: str, value: object) -> None:
 def _check_positive(field: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(field, value, "must be a whole number of at least 1")
+
+
+def _check_share(field: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
+        raise ConfigError(field, value, "must be above 0 and at most 1")

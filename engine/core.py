@@ -16,16 +16,15 @@ from torch import Tensor
 from cuda_ops.errors import KernelsUnavailableError
 from cuda_ops.native import KernelsInUse, use_kernels
 from engine.admission import ModelInfo, check_request
-from engine.batch_invariant import BatchInvariantRunner, num_spare_blocks
 from engine.beam_progress import BeamProgress
 from engine.block_manager import BlockManager
 from engine.checkpoint import WeightLayout
 from engine.config import EngineConfig
 from engine.decoding import Decoding, Turn
+from engine.device import choose_device, memory_for
 from engine.errors import ConfigError, EngineError, InvalidRequestError, InvariantError, StepError
-from engine.kv_cache import KVCache, KVCacheShape
 from engine.model_config import ModelConfig
-from engine.model_runner import ModelRunner, count_parameters
+from engine.model_runner import Runner, count_parameters
 from engine.outputs import (
     Completion,
     Logprobs,
@@ -35,6 +34,7 @@ from engine.outputs import (
     TokenDelta,
     Usage,
 )
+from engine.placement import Placement
 from engine.progress import RequestProgress
 from engine.sampled_progress import SampledProgress
 from engine.sampler import rank, score
@@ -74,11 +74,13 @@ class Engine:
         *,
         observer: StepObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
+        loading: LoadObserver | None = None,
     ) -> None:
-        """Raises ConfigError if the model and the configuration do not fit together."""
-        device = torch.device(config.device)
-        shape = _cache_shape(loaded.config, config)
-        self.model_info = _describe(loaded, config, shape)
+        """Raises ConfigError if the model and the configuration do not fit together, or DeviceMemoryError."""
+        config = choose_device(config)
+        placement = Placement(loaded.model, config, _max_model_len(loaded.config, config))
+        num_blocks = placement.num_blocks_affordable()
+        self.model_info = _describe(loaded, placement, num_blocks)
         self._blocks = BlockManager(
             self.model_info.num_blocks, config.block_size, keeps_prefixes=config.keeps_prefixes
         )
@@ -89,10 +91,7 @@ class Engine:
             num_speculative_tokens=config.num_speculative_tokens,
         )
         self._decoding = Decoding(self._scheduler, clock)
-        runner = BatchInvariantRunner if config.is_batch_invariant else ModelRunner
-        num_spare = num_spare_blocks(config.block_size) if config.is_batch_invariant else 0
-        cache = KVCache(shape, self.model_info.num_blocks + num_spare, device)
-        self._runner = runner(loaded.model, cache, config.block_size, device)
+        self._runner: Runner = placement.make_runner(num_blocks, loading)
         self._config = config
         self._observer = observer
         self._clock = clock
@@ -117,20 +116,21 @@ class Engine:
         Raises:
             ConfigError: the device or the kernels are not there, or the model does not fit the configuration.
             ModelLoadError: the folder or name holds no model that can be loaded.
+            DeviceMemoryError: the GPU has no room for it.
         """
-        if config.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device", config.device, "needs a CUDA device that torch can use")
+        config = choose_device(config)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         in_use = _choose_kernels(config, loading)
-        loaded = load_model(
-            config.model,
-            dtype=getattr(torch, config.activation_dtype),
-            device=torch.device(config.device),
-            layout=_choose_layout(config, in_use),
-            observer=loading,
-        )
-        return cls(loaded, config, observer=observer)
+        with memory_for("load", config.device):
+            loaded = load_model(
+                config.model,
+                dtype=getattr(torch, config.activation_dtype),
+                device=torch.device(config.device),
+                layout=_choose_layout(config, in_use),
+                observer=loading,
+            )
+        return cls(loaded, config, observer=observer, loading=loading)
 
     def add_request(
         self,
@@ -187,6 +187,7 @@ class Engine:
 
         Raises:
             StepError: the model failed, now or in an earlier step; only a new engine helps.
+            DeviceMemoryError: the GPU had no room for the step; likewise, with another setting.
         """
         if self._is_broken:
             raise StepError("an earlier step failed, so this engine's state cannot be trusted")
@@ -194,7 +195,8 @@ class Engine:
         try:
             batch = self._scheduler.schedule()
             self._note_scheduling(batch, started_at)
-            turn = self._run(batch)
+            with memory_for("step", self._config.device):
+                turn = self._run(batch)
         except Exception as error:
             self._is_broken = True
             if isinstance(error, EngineError):
@@ -313,20 +315,25 @@ def _rows_due(batch: ScheduledBatch) -> list[int]:
     return [row for end, entry in pairs if entry.samples for row in range(end - 1 - len(entry.proposal), end)]
 
 
-def _describe(loaded: LoadedModel, config: EngineConfig, shape: KVCacheShape) -> ModelInfo:
-    own_limit = loaded.config.max_position_embeddings
+def _max_model_len(model: ModelConfig, config: EngineConfig) -> int:
+    own_limit = model.max_position_embeddings
     max_model_len = own_limit if config.max_model_len is None else config.max_model_len
     if max_model_len > own_limit:
         raise ConfigError("max_model_len", max_model_len, f"must be at most {own_limit}, the model's limit")
+    return max_model_len
+
+
+def _describe(loaded: LoadedModel, placement: Placement, num_blocks: int) -> ModelInfo:
+    config = placement.config
     return ModelInfo(
         architecture=loaded.config.architecture,
         vocab_size=loaded.config.vocab_size,
-        max_model_len=max_model_len,
+        max_model_len=placement.max_model_len,
         eos_token_ids=loaded.generation_config.eos_token_ids,
         dtype=config.dtype,
         device=config.device,
         num_parameters=count_parameters(loaded.model),
-        num_blocks=_num_blocks(config, shape, max_model_len),
+        num_blocks=num_blocks,
         block_size=config.block_size,
         max_num_sequences=config.max_num_sequences,
         tokenizer=loaded.tokenizer,
@@ -349,24 +356,3 @@ def _choose_layout(config: EngineConfig, in_use: KernelsInUse) -> WeightLayout:
     if config.dtype == "int8":
         return "int8"
     return "packed" if config.device == "cpu" and in_use.has_fast_linear else "dense"
-
-
-def _cache_shape(model: ModelConfig, config: EngineConfig) -> KVCacheShape:
-    return KVCacheShape(
-        num_layers=model.num_layers,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        block_size=config.block_size,
-        dtype=getattr(torch, config.activation_dtype),
-    )
-
-
-def _num_blocks(config: EngineConfig, shape: KVCacheShape, max_model_len: int) -> int:
-    if config.num_blocks is not None:
-        return config.num_blocks
-    num_affordable = config.kv_cache_bytes // shape.bytes_per_block
-    if num_affordable == 0:
-        rule = f"must be at least {shape.bytes_per_block}, one block of {config.block_size} tokens"
-        raise ConfigError("kv_cache_bytes", config.kv_cache_bytes, rule)
-    num_useful = config.max_num_sequences * -(-max_model_len // config.block_size)
-    return min(num_affordable, num_useful)

@@ -4,6 +4,7 @@
     ├── ConfigError             invalid_config         no    the operator wrote a bad setting
     ├── ModelLoadError          model_load_failed      no    the folder is missing, broken or unsupported
     ├── InvalidRequestError     invalid_request        no    the client asked for what cannot be done
+    ├── DeviceMemoryError       out_of_memory          yes   the device has no room; a setting must change
     ├── StepError               step_failed            yes   the model raised; the engine must be replaced
     └── InvariantError          invariant_broken       yes   our own accounting is wrong; the same
 
@@ -14,7 +15,10 @@ boundary. No message holds a prompt or an output.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+MemoryStage = Literal["load", "profile", "cache", "capture", "step"]
+"""What was being done when the memory ran out."""
 
 _MAX_VALUE_CHARACTERS = 80
 
@@ -63,6 +67,21 @@ class ModelLoadError(EngineError):
 
     def __reduce__(self) -> tuple[type[ModelLoadError], tuple[str, str]]:
         return type(self), (self.source, self.problem)
+
+
+class DeviceMemoryError(EngineError):
+    """A GPU has no room; says which setting would make some."""
+
+    reason: ClassVar[str] = "out_of_memory"
+
+    def __init__(self, device: str, stage: MemoryStage, remedy: str) -> None:
+        super().__init__(f"{device} ran out of memory ({stage}): {remedy}")
+        self.device = device
+        self.stage = stage
+        self.remedy = remedy
+
+    def __reduce__(self) -> tuple[type[DeviceMemoryError], tuple[str, MemoryStage, str]]:
+        return type(self), (self.device, self.stage, self.remedy)
 
 
 class StepError(EngineError):

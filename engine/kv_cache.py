@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from engine.batch import to_device
 from engine.block_manager import BlockCopy
 
 
@@ -49,14 +51,15 @@ class KVCache:
             for _ in range(shape.num_layers)
         ]
         self.num_blocks = num_blocks
+        self.block_size = shape.block_size
         self._device = device
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """All sources are read before any target is written, as the copies of one step require."""
         if not copies:
             return
-        sources = torch.tensor([copy.source for copy in copies], device=self._device)
-        targets = torch.tensor([copy.target for copy in copies], device=self._device)
+        sources = to_device(np.array([copy.source for copy in copies]), self._device)
+        targets = to_device(np.array([copy.target for copy in copies]), self._device)
         for keys, values in self.layers:
             keys[targets] = keys[sources]
             values[targets] = values[sources]

@@ -71,6 +71,8 @@ def engine_runtime(
         max_num_sequences=settings.max_num_sequences,
         max_num_batched_tokens=max(settings.max_num_batched_tokens, settings.max_num_sequences),
         kv_cache_bytes=settings.kv_cache_bytes,
+        gpu_memory_share=settings.gpu_memory_share,
+        decode_graphs=settings.decode_graphs,
         keeps_prefixes=settings.prefix_cache,
         num_speculative_tokens=settings.speculative_tokens,
         num_threads=settings.engine_threads,
@@ -216,7 +218,7 @@ class WorkerService:
             max_num_sequences=self._settings.max_num_sequences,
             architecture=facts.architecture,
             dtype=self._settings.dtype,
-            device=self._settings.device,
+            device=facts.device,
             tokenizer_digest=hashlib.sha256(facts.tokenizer_json.encode()).hexdigest(),
         )
         threading.Thread(

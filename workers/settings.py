@@ -26,13 +26,19 @@ class WorkerSettings(BaseSettings):
     served_model_names: Annotated[tuple[str, ...], NoDecode] = ()
     """The first is canonical, the others are aliases. Empty takes the model's own name."""
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: str = Field(default="cpu", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """`cuda` is the first GPU, `cuda:1` the second; `auto` takes the first if there is one."""
     max_model_len: int | None = Field(default=None, ge=1)
     max_num_sequences: int = Field(default=64, ge=1, le=4096)
     """Sequences that the engine runs at once."""
     max_num_batched_tokens: int = Field(default=2048, ge=1)
     """Tokens of one engine step, prefill and decode together."""
-    kv_cache_bytes: int = Field(default=1 << 30, ge=1 << 20)
+    kv_cache_bytes: int | None = Field(default=None, ge=1 << 20)
+    """Unset is 1 GiB on the CPU, and on a GPU what `gpu_memory_share` leaves."""
+    gpu_memory_share: float = Field(default=0.9, gt=0, le=1, allow_inf_nan=False)
+    """Of a GPU's memory, for weights, cache and the largest step together."""
+    decode_graphs: Literal["auto", "on", "off"] = "auto"
+    """Replay decode steps from CUDA graphs; `auto` is on a GPU."""
     prefix_cache: bool = True
     """Keep computed blocks for prompts that begin alike, until their room is needed."""
     speculative_tokens: int = Field(default=0, ge=0, le=64)

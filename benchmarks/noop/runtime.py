@@ -31,6 +31,7 @@ class NoOpRuntime:
         config = json.loads((folder / "config.json").read_text())
         return ModelFacts(
             architecture="none",
+            device="cpu",
             vocab_size=config["vocab_size"],
             max_model_len=config["max_position_embeddings"],
             num_parameters=0,

@@ -134,6 +134,7 @@ def model_facts(engine: Engine) -> ModelFacts:
     return ModelFacts(
         architecture=info.architecture,
         vocab_size=info.vocab_size,
+        device=info.device,
         max_model_len=info.max_model_len,
         num_parameters=info.num_parameters,
         num_blocks=info.num_blocks,

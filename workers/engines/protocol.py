@@ -53,6 +53,8 @@ class ModelFacts:
 
     architecture: str
     vocab_size: int
+    device: str
+    """Where it runs: what `auto` came to."""
     max_model_len: int
     num_parameters: int
     num_blocks: int

@@ -35,7 +35,7 @@ def refusal(*arguments: str) -> str:
         (["up", "--port", "70000"], "'--port': 70000 is not in the range 1<=x<=65535"),
         (["up", "--workers", "0"], "'--workers': 0 is not in the range 1<=x<=64"),
         (["up", "--dtype", "int3"], "'--dtype': 'int3' is not one of 'float32', 'bfloat16'"),
-        (["up", "--device", "tpu"], "'--device': 'tpu' is not one of 'cpu', 'cuda'"),
+        (["up", "--device", "tpu"], "'--device': 'tpu' must be cpu, cuda, cuda:N or auto"),
         (["up", "--trace-steps", "1.5"], "'--trace-steps': 1.5 is not in the range 0<=x<=1"),
         (["up", "--speculative-tokens", "65"], "'--speculative-tokens': 65 is not in the range 0<=x<=64"),
         (["worker", "--trace-steps", "nan"], "'--trace-steps': nan is not a finite number"),

@@ -1,0 +1,141 @@
+"""What one device holds beside the weights: how large the cache comes out, and who runs the steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from engine import batch_invariant, graphs
+from engine.batch_invariant import BatchInvariantRunner
+from engine.config import EngineConfig
+from engine.device import measured_use, memory_for
+from engine.errors import ConfigError
+from engine.graphs import GraphRunner, StaticBatch, graphs_on
+from engine.kv_cache import KVCache, KVCacheShape
+from engine.largest_step import run_largest_step
+from engine.model_config import ModelConfig
+from engine.model_runner import ModelRunner
+from engine.models import CausalLM
+from engine.weights import LoadObserver
+
+_CPU_CACHE_BYTES: Final = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One model on one device.
+
+    Attributes:
+        config: Its device is one that exists.
+        max_model_len: Prompt plus generated tokens of one sequence.
+    """
+
+    model: CausalLM
+    config: EngineConfig
+    max_model_len: int
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.config.device)
+
+    @property
+    def shape(self) -> KVCacheShape:
+        return cache_shape(self.model.config, self.config)
+
+    def num_blocks_affordable(self) -> int:
+        """Blocks to hand out, by the settings and what memory there is; on a GPU the largest step tells.
+
+        Raises:
+            ConfigError: not even one.
+            DeviceMemoryError: the largest step does not fit.
+        """
+        config = self.config
+        if config.num_blocks is not None:
+            return config.num_blocks
+        field, value = "kv_cache_bytes", config.kv_cache_bytes
+        num_bytes: int
+        if value is not None:
+            num_bytes = value
+        elif config.is_on_gpu:
+            field, num_bytes = "gpu_memory_share", self._bytes_left()
+        else:
+            num_bytes = _CPU_CACHE_BYTES
+        num_affordable = num_bytes // self.shape.bytes_per_block
+        if num_affordable == 0:
+            rule = f"must leave {self.shape.bytes_per_block} bytes, one block of {config.block_size} tokens"
+            raise ConfigError(field, getattr(config, field), f"{rule}; it leaves {num_bytes}")
+        num_useful = config.max_num_sequences * -(-self.max_model_len // config.block_size)
+        return min(num_affordable, num_useful)
+
+    def make_runner(
+        self, num_blocks: int, loading: LoadObserver | None = None
+    ) -> ModelRunner | GraphRunner | BatchInvariantRunner:
+        """Make the cache of so many blocks and whatever the runner needs besides, graphs included.
+
+        Raises:
+            DeviceMemoryError: there is no room for it.
+        """
+        with memory_for("cache", self.config.device):
+            cache = KVCache(self.shape, num_blocks + self._num_spare_blocks(), self.device)
+        if self.config.is_batch_invariant:
+            return BatchInvariantRunner(self.model, cache, self.device)
+        runner = ModelRunner(self.model, cache, self.device)
+        if not self.config.is_on(self.config.decode_graphs):
+            return runner
+        with memory_for("capture", self.config.device):
+            graphed = self._graph_runner(runner, cache, num_blocks)
+            graphed.capture(loading.on_stage if loading is not None else _ignore)
+        return graphed
+
+    def _graph_runner(self, runner: ModelRunner, cache: KVCache, num_blocks: int) -> GraphRunner:
+        config = self.config
+        buffers = StaticBatch(
+            config.max_num_sequences,
+            max_blocks=-(-self.max_model_len // config.block_size),
+            block_size=config.block_size,
+            first_spare_block=num_blocks,
+            device=self.device,
+        )
+        return GraphRunner(
+            runner, self.model, cache, buffers, config.max_num_sequences, graphs_on(self.device)
+        )
+
+    def _num_spare_blocks(self) -> int:
+        if self.config.is_batch_invariant:
+            return batch_invariant.num_spare_blocks(self.config.block_size)
+        if self.config.is_on(self.config.decode_graphs):
+            return graphs.num_spare_blocks(self.config.max_num_sequences, self.config.block_size)
+        return 0
+
+    def _bytes_left(self) -> int:
+        config = self.config
+        torch.cuda.reset_peak_memory_stats(self.device)
+        with memory_for("profile", config.device):
+            cache_bytes = run_largest_step(
+                self.model,
+                self.shape,
+                self.device,
+                num_tokens=config.max_num_batched_tokens,
+                max_model_len=self.max_model_len,
+                num_rows=config.max_num_sequences,
+            )
+        use = measured_use(self.device, cache_bytes)
+        torch.cuda.empty_cache()
+        spare_bytes = self._num_spare_blocks() * self.shape.bytes_per_block
+        return max(0, use.left_within(config.gpu_memory_share) - spare_bytes)
+
+
+def cache_shape(model: ModelConfig, config: EngineConfig) -> KVCacheShape:
+    return KVCacheShape(
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        block_size=config.block_size,
+        dtype=getattr(torch, config.activation_dtype),
+    )
+
+
+def _ignore(_: str) -> None:
+    return None
