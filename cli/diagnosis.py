@@ -14,13 +14,16 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from cli import settings
 from cli.errors import NoRedisError, RedisUnreachableError
 from cli.stack import readiness, redis_server
 from cli.stack.redis_server import ExternalRedis
+
+if TYPE_CHECKING:
+    from cuda_ops.native import KernelChoice, KernelsInUse
 
 State = Literal["ok", "note", "missing"]
 PACKAGES = (
@@ -186,22 +189,24 @@ def check_kernels(subject: Subject) -> list[Finding]:
         return []
     import torch
 
-    findings = [_cpu_kernels(subject.environ.get("THROUGHLINE_KERNELS") or "auto")]
+    from cuda_ops.native import use_cuda_kernels, use_kernels
+
+    choice = subject.environ.get("THROUGHLINE_KERNELS") or "auto"
+    findings = [_kernels("kernels cpu", choice, use_kernels)]
     if torch.cuda.is_available():
-        findings.append(Finding("kernels cuda", "ok", "reference in plain torch"))
+        findings.append(_kernels("kernels cuda", choice, use_cuda_kernels))
     return findings
 
 
-def _cpu_kernels(choice: str) -> Finding:
+def _kernels(name: str, choice: str, use: Callable[[KernelChoice], KernelsInUse]) -> Finding:
     from cuda_ops.errors import KernelsUnavailableError
-    from cuda_ops.native import KERNEL_CHOICES, use_kernels
+    from cuda_ops.native import KERNEL_CHOICES
 
-    name = "kernels cpu"
     if choice not in KERNEL_CHOICES:
         rule = f"must be one of {', '.join(KERNEL_CHOICES)}"
         return Finding(name, "missing", f"THROUGHLINE_KERNELS={choice!r} {rule}")
     try:
-        in_use = use_kernels(choice)
+        in_use = use(choice)
     except KernelsUnavailableError as error:
         return Finding(name, "missing", f"THROUGHLINE_KERNELS={choice}: {error}")
     if in_use.level is not None:

@@ -2,7 +2,8 @@
 
 OpError
 ├── OpInputError             shapes or dtypes that do not fit together; not retryable, the caller's bug
-└── KernelsUnavailableError  native kernels were asked for and cannot be had; not retryable
+├── KernelsUnavailableError  native kernels were asked for and cannot be had; not retryable
+└── KernelCompileError       a GPU kernel does not compile here; not retryable
 """
 
 from __future__ import annotations
@@ -26,3 +27,22 @@ class OpInputError(OpError):
 
 class KernelsUnavailableError(OpError):
     """Says what is missing, and where known how to get it."""
+
+
+class KernelCompileError(OpError):
+    """The compiler refused a kernel: our bug, or a compiler that is too old for the device.
+
+    Attributes:
+        variant: which kernel, with which constants.
+        arch: compiled for what.
+        log: what the compiler said.
+    """
+
+    def __init__(self, variant: str, arch: str, log: str) -> None:
+        super().__init__(f"the compiler refused {variant} for {arch}:\n{log}")
+        self.variant = variant
+        self.arch = arch
+        self.log = log
+
+    def __reduce__(self) -> tuple[type[KernelCompileError], tuple[str, str, str]]:
+        return type(self), (self.variant, self.arch, self.log)

@@ -1,7 +1,8 @@
 """Which implementation the ops run: the plain-torch reference, or the native kernels at one level.
 
-A choice holds for the whole process and is made before ops run, by `Engine.from_config` or a test. Nothing is
-compiled here: `make` does that (`cuda_ops/cpu/build.py`), a wheel carries the result.
+A choice holds for the whole process and is made before ops run, by `Engine.from_config` or a test. The CPU's
+kernels are not compiled here: `make` does that (`cuda_ops/cpu/build.py`), a wheel carries the result. A GPU's
+are, one by one, when first launched.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, get_args
@@ -16,6 +18,7 @@ from typing import Final, Literal, get_args
 import torch
 
 from cuda_ops.cpu.build import failure_path, library_path
+from cuda_ops.cuda.compiler import cache_folder
 from cuda_ops.errors import KernelsUnavailableError
 
 KernelChoice = Literal["auto", "native", "reference"]
@@ -26,10 +29,11 @@ KERNEL_CHOICES: Final[tuple[KernelChoice, ...]] = get_args(KernelChoice)
 
 @dataclass(frozen=True, slots=True)
 class KernelsInUse:
-    """What ops on the CPU run from now on.
+    """What ops on a kind of device run from now on.
 
     Attributes:
-        level: the instructions that the native kernels use; None is the reference.
+        level: the instructions that the native kernels use, for a GPU its architecture (`sm_90a`); None is
+            the reference.
         reason: why it is the reference, for people to read; empty with native kernels.
     """
 
@@ -69,6 +73,29 @@ def use_kernels(choice: KernelChoice, level: str | None = None) -> KernelsInUse:
     return KernelsInUse(chosen)
 
 
+def use_cuda_kernels(choice: KernelChoice) -> KernelsInUse:
+    """Take this implementation for all ops on torch's current CUDA device, until the next call.
+
+    A kernel is compiled, or read from the cache on disk, and loaded when first launched, which must not be
+    while a graph is captured: run what will be captured once before.
+
+    Raises:
+        KernelsUnavailableError: native kernels were insisted on, and a package, the compiler or a device that
+            they can run on is not there.
+    """
+    if _cuda_kernels.cache_info().currsize:
+        _cuda_kernels().registration._destroy()  # type: ignore[no-untyped-call]
+        _cuda_kernels.cache_clear()
+    if choice == "reference":
+        return KernelsInUse(None, "the reference was asked for")
+    try:
+        return KernelsInUse(_cuda_kernels().arch)
+    except KernelsUnavailableError as error:
+        if choice == "native":
+            raise
+        return KernelsInUse(None, str(error))
+
+
 def native_levels() -> tuple[str, ...]:
     """Name the levels that this machine's kernels can run at, best first.
 
@@ -77,6 +104,24 @@ def native_levels() -> tuple[str, ...]:
     """
     names: bytes = _load(library_path()).throughline_cpu_levels()
     return tuple(names.decode().split())
+
+
+@dataclass(frozen=True, slots=True)
+class _CudaKernels:
+    arch: str
+    registration: torch.library.Library
+
+
+@functools.cache
+def _cuda_kernels() -> _CudaKernels:
+    if not torch.cuda.is_available():
+        raise KernelsUnavailableError(f"torch {torch.__version__} sees no CUDA device")
+    # Only where a device is: the bindings cost memory and time that an engine on the CPU can do without.
+    from cuda_ops.cuda.device import launcher_of_current_device
+    from cuda_ops.cuda.library import register
+
+    launcher = launcher_of_current_device(cache_folder(os.environ))
+    return _CudaKernels(launcher.arch, register(launcher, "CUDA"))
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,0 +1,32 @@
+"""Registers the kernels' side of the ops under a device's dispatch key."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+
+from cuda_ops.cuda import rows
+from cuda_ops.cuda.launcher import Launcher
+from cuda_ops.registry import NAMESPACE
+
+OPS: Final[Mapping[str, Callable[..., Any]]] = {
+    "add_layer_norm": rows.add_layer_norm,
+    "add_rms_norm": rows.add_rms_norm,
+    "layer_norm": rows.layer_norm,
+    "rms_norm": rows.rms_norm,
+    "rotary_embedding": rows.rotary_embedding,
+    "silu_and_mul": rows.silu_and_mul,
+    "write_kv": rows.write_kv,
+}
+"""By name; each takes a launcher before the op's own arguments."""
+
+
+def register(launcher: Launcher, dispatch_key: str) -> torch.library.Library:
+    """Let these ops run through `launcher` on a device's tensors, for as long as the result is kept."""
+    library = torch.library.Library(NAMESPACE, "IMPL")  # type: ignore[no-untyped-call]
+    for name, implementation in OPS.items():
+        library.impl(name, functools.partial(implementation, launcher), dispatch_key)  # type: ignore[no-untyped-call]
+    return library

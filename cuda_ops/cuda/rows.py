@@ -1,0 +1,164 @@
+"""The ops that work row by row: norms, rotary embedding, gated activation, writing into the cache.
+
+Each takes what its namesake in `cuda_ops` has checked. What a kernel does not serve the reference does.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_float, c_int, c_longlong
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from cuda_ops import reference
+from cuda_ops.cuda.elements import ELEMENTS, is_served, run_length
+from cuda_ops.cuda.launcher import Launcher, LaunchShape, Variant
+
+_WARP: Final = 32
+_NORM_THREADS: Final = 512
+# Elements of a row that a thread of a norm keeps in registers.
+_NORM_KEPT: Final = 32
+_THREADS: Final = 128
+
+
+def silu_and_mul(launcher: Launcher, x: Tensor) -> Tensor:
+    size = x.shape[-1] // 2
+    rows = x.reshape(-1, 2 * size)
+    out = x.new_empty((*x.shape[:-1], size))
+    if out.numel() == 0:
+        return out
+    if not is_served(rows):
+        return reference.silu_and_mul(x)
+    count = run_length((rows,), size, rows.stride(0))
+    variant = Variant.of(
+        "activation", "silu_and_mul", ELEMENT=ELEMENTS[x.dtype], COUNT=count, THREADS=_THREADS
+    )
+    parts = -(-size // (_THREADS * count))
+    launcher.launch(
+        variant,
+        LaunchShape((len(rows), parts, 1), _THREADS),
+        (out, rows, c_longlong(rows.stride(0)), c_int(size)),
+    )
+    return out
+
+
+def rms_norm(launcher: Launcher, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if not _fits_norm(x, weight):
+        return reference.rms_norm(x, weight, eps)
+    return _norm(launcher, x, None, weight, None, eps, is_centred=False)
+
+
+def add_rms_norm(launcher: Launcher, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if not _fits_norm(x, residual, weight):
+        return reference.add_rms_norm(x, residual, weight, eps)
+    return _norm(launcher, x, residual, weight, None, eps, is_centred=False)
+
+
+def layer_norm(
+    launcher: Launcher, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    if not _fits_norm(x, weight, bias):
+        return reference.layer_norm(x, weight, bias, eps)
+    return _norm(launcher, x, None, weight, bias, eps, is_centred=True)
+
+
+def add_layer_norm(
+    launcher: Launcher, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    if not _fits_norm(x, residual, weight, bias):
+        return reference.add_layer_norm(x, residual, weight, bias, eps)
+    return _norm(launcher, x, residual, weight, bias, eps, is_centred=True)
+
+
+def rotary_embedding(launcher: Launcher, query: Tensor, key: Tensor, cos_sin: Tensor) -> None:
+    half = cos_sin.shape[-1] // 2
+    if query.numel() == 0 or half == 0:
+        return
+    if not is_served(query, key) or cos_sin.stride(-1) != 1 or cos_sin.dtype != torch.float32:
+        reference.rotary_embedding(query, key, cos_sin)
+        return
+    strides = (query.stride(0), query.stride(1), key.stride(0), key.stride(1))
+    variant = Variant.of(
+        "rotary", "rotary_embedding",
+        ELEMENT=ELEMENTS[query.dtype], COUNT=run_length((query, key), half, *strides), THREADS=_THREADS,
+    )  # fmt: skip
+    launcher.launch(
+        variant,
+        LaunchShape((len(query), 1, 1), _THREADS),
+        (
+            query, key, cos_sin, *map(c_longlong, strides), c_longlong(cos_sin.stride(0)),
+            c_int(query.shape[1]), c_int(key.shape[1]), c_int(half),
+        ),
+    )  # fmt: skip
+
+
+def write_kv(
+    launcher: Launcher,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+) -> None:
+    """As the op, and rows with a negative slot, which fill up a batch of fixed size, are not stored."""
+    if key.numel() == 0:
+        return
+    is_native = is_served(key, value, key_cache, value_cache) and slot_mapping.is_contiguous()
+    if not is_native or slot_mapping.dtype != torch.int64:
+        reference.write_kv(key, value, key_cache, value_cache, slot_mapping)
+        return
+    num_kv_heads, block_size, head_dim = key_cache.shape[1:]
+    strides = (key.stride(0), key.stride(1), value.stride(0), value.stride(1))
+    count = run_length((key, value, key_cache, value_cache), head_dim, *strides)
+    variant = Variant.of("kv_cache", "write_kv", ELEMENT=ELEMENTS[key.dtype], COUNT=count, THREADS=_THREADS)
+    launcher.launch(
+        variant,
+        LaunchShape((len(key), 1, 1), _THREADS),
+        (
+            key, value, key_cache, value_cache, slot_mapping, *map(c_longlong, strides),
+            c_int(num_kv_heads), c_int(block_size), c_int(head_dim),
+        ),
+    )  # fmt: skip
+
+
+def _fits_norm(x: Tensor, *others: Tensor | None) -> bool:
+    # A residual is written in place: a copy of it, made for its strides, would not do.
+    return 0 < x.shape[-1] <= _NORM_THREADS * _NORM_KEPT and is_served(x, *others)
+
+
+def _norm(
+    launcher: Launcher,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    is_centred: bool,
+) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if out.numel() == 0:
+        return out
+    # Heads of a projection are rows of rows: what cannot be told by two strides is copied.
+    rows = x if x.dim() in (2, 3) else x.reshape(-1, x.shape[-1])
+    size, per_outer = rows.shape[-1], rows.shape[1] if rows.dim() == 3 else 1
+    residual_stride = residual.stride(0) if residual is not None else 0
+    read = tuple(tensor for tensor in (rows, residual, weight, bias) if tensor is not None)
+    count = run_length(read, size, rows.stride(0), rows.stride(-2), residual_stride)
+    runs = -(-size // count)
+    threads = min(_NORM_THREADS, -(-runs // _WARP) * _WARP)
+    variant = Variant.of(
+        "norm", "normalise",
+        ELEMENT=ELEMENTS[x.dtype], COUNT=count, THREADS=threads, RUNS=-(-runs // threads),
+        ADDS_RESIDUAL=int(residual is not None), CENTRES=int(is_centred),
+    )  # fmt: skip
+    launcher.launch(
+        variant,
+        LaunchShape((out.numel() // size, 1, 1), threads),
+        (
+            out, rows, residual, weight, bias, c_longlong(rows.stride(0)), c_longlong(rows.stride(-2)),
+            c_longlong(residual_stride), c_int(per_outer), c_int(size), c_float(eps),
+        ),
+    )  # fmt: skip
+    return out

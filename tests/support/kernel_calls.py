@@ -1,0 +1,72 @@
+"""Calls of the ops as the models make them, on the smallest tensors that choose the same kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EPS = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Attributes:
+    hidden: of the residual stream.
+    intermediate: of the feed-forward layer.
+    """
+
+    name: str
+    hidden: int
+    intermediate: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+# Every head size, groups of 1, 4 and 8, and the hidden sizes between which others choose the same kernels.
+MODELS = (
+    ModelShape("opt-125m", 768, 3072, 12, 12, 64),
+    ModelShape("phi-2", 2560, 10240, 32, 32, 80),
+    ModelShape("phi-3", 3072, 8192, 32, 32, 96),
+    ModelShape("llama-3-8b", 4096, 14336, 32, 8, 128),
+    ModelShape("llama-3-70b", 8192, 28672, 64, 8, 128),
+    ModelShape("gemma-7b", 3072, 24576, 16, 16, 256),
+)
+
+Call = tuple[str, tuple[Any, ...]]
+
+
+def calls_of_models(dtype: torch.dtype = torch.bfloat16) -> Iterator[Call]:
+    for model in MODELS:
+        yield from row_calls(model, 2, dtype)
+
+
+def row_calls(model: ModelShape, num_tokens: int, dtype: torch.dtype) -> Iterator[Call]:
+    """Norms of the residual and of heads, rotary embedding, activation and cache write of one layer."""
+    hidden = torch.randn(num_tokens, model.hidden).to(dtype)
+    residual, weight = torch.randn_like(hidden), torch.randn(model.hidden).to(dtype)
+    yield "rms_norm", (hidden, weight, EPS)
+    yield "add_rms_norm", (hidden, residual, weight, EPS)
+    yield "layer_norm", (hidden, weight, weight, EPS)
+    yield "add_layer_norm", (hidden, residual.clone(), weight, weight, EPS)
+    yield "silu_and_mul", (torch.randn(num_tokens, 2 * model.intermediate).to(dtype),)
+    query, key, value = projected(model, num_tokens, dtype)
+    yield "rms_norm", (query, torch.ones(model.head_dim, dtype=dtype), EPS)
+    angles = torch.randn(num_tokens, model.head_dim // 2)
+    yield "rotary_embedding", (query, key, torch.cat((angles.cos(), angles.sin()), -1))
+    caches = [
+        torch.zeros(num_tokens + 1, model.num_kv_heads, 16, model.head_dim, dtype=dtype) for _ in range(2)
+    ]
+    yield "write_kv", (key, value, *caches, torch.arange(num_tokens) * 17)
+
+
+def projected(model: ModelShape, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value as models have them: slices of one projection."""
+    heads = (model.num_heads, model.num_kv_heads, model.num_kv_heads)
+    whole = torch.randn(num_tokens, sum(heads), model.head_dim).to(dtype)
+    query, key, value = whole.split(heads, dim=1)
+    return query, key, value

@@ -1,0 +1,29 @@
+"""GPU kernels without a GPU: compiled for all architectures, emulated, launched at a stand-in driver."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from cuda_ops.native import use_kernels
+from tests.support.emulated_kernels import EmulatedLauncher, emulated, require_compiler
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> Iterator[None]:
+    """In place of the choice among the CPU's implementations, which nothing here runs."""
+    if sys.platform != "linux":
+        pytest.skip("NVIDIA's compiler and the emulator are there for Linux")
+    torch.set_num_threads(1)
+    yield
+    use_kernels("reference")
+
+
+@pytest.fixture(params=["forward", "reversed"])
+def launcher(request: pytest.FixtureRequest) -> Iterator[EmulatedLauncher]:
+    require_compiler()
+    with emulated(EmulatedLauncher(is_reversed=request.param == "reversed")) as running:
+        yield running
