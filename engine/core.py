@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cuda_ops.errors import KernelsUnavailableError
-from cuda_ops.native import KernelsInUse, use_kernels
+from cuda_ops.native import KernelsInUse, use_cuda_kernels, use_kernels
 from engine.admission import ModelInfo, check_request
 from engine.beam_progress import BeamProgress
 from engine.block_manager import BlockManager
@@ -343,12 +343,15 @@ def _describe(loaded: LoadedModel, placement: Placement, num_blocks: int) -> Mod
 def _choose_kernels(config: EngineConfig, loading: LoadObserver | None) -> KernelsInUse:
     try:
         in_use = use_kernels(config.kernels)
+        if config.is_on_gpu:
+            in_use = use_cuda_kernels(config.kernels)
     except KernelsUnavailableError as error:
         raise ConfigError("kernels", config.kernels, f"cannot be had: {error}") from error
     if config.is_batch_invariant and in_use.level is None:
         raise ConfigError("is_batch_invariant", True, f"needs native CPU kernels: {in_use.reason}")
-    if loading is not None and config.device == "cpu":
-        loading.on_stage(f"CPU kernels: {in_use.level or f'reference in plain torch ({in_use.reason})'}")
+    if loading is not None:
+        device = "CUDA" if config.is_on_gpu else "CPU"
+        loading.on_stage(f"{device} kernels: {in_use.level or f'reference in plain torch ({in_use.reason})'}")
     return in_use
 
 

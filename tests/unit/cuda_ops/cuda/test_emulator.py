@@ -83,7 +83,8 @@ def test_emulator_ends_at_a_barrier_that_diverges_and_at_what_hardware_refuses(
 
 
 def test_emulator_copies_no_sooner_than_it_is_waited_for(tmp_path: Path) -> None:
-    copy = "if (i == 0) { cp_async_16(shared, values + 4, true); cp_async_commit(); {wait} values[i] = shared[1]; }"
+    copy = "if (i == 0) { cp_async_16(shared, values + 4, true); cp_async_commit(); "
+    copy += "{wait} values[i] = shared[1]; }"
     wait = "cp_async_wait<0>();"
 
     assert run(tmp_path, copy.replace("{wait}", wait)).stdout == f"sum {float(sum(range(64)) + 5)}\n"
