@@ -71,6 +71,49 @@ def test_beam_search_equals_transformers_when_beams_end_at_different_lengths(
     assert expected != reached, "the stop tokens made no difference"
 
 
+@pytest.mark.parametrize("width", [2, 3, 7])
+@pytest.mark.parametrize("length_penalty", [-1.0, 0.6])
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_beam_search_scores_equal_those_of_transformers_for_any_width_and_penalty(
+    opt_folder: Path,
+    opt_reference: transformers.PreTrainedModel,
+    width: int,
+    length_penalty: float,
+    early_stopping: bool,
+) -> None:
+    prompt = random_prompt(11, width)
+    free = replace(BEAM, n=width)
+    reached = beam_reference(opt_reference, prompt, free, None)
+    params = replace(
+        free,
+        stop_token_ids=(reached[0][3], reached[-1][6]),
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+    )
+
+    output = generate(make_engine(opt_folder), {"r": (prompt, params)}).outputs["r"]
+
+    found = opt_reference.generate(  # type: ignore[operator]  # its type is lost on the way
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        num_beams=width,
+        num_return_sequences=width,
+        do_sample=False,
+        max_new_tokens=params.max_tokens,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+        eos_token_id=list(set(params.stop_token_ids)),
+        pad_token_id=383,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    scores = [
+        (completion.cumulative_logprob or 0.0) / len(completion.token_ids) ** length_penalty
+        for completion in output.completions
+    ]
+    assert scores == pytest.approx(found.sequences_scores.tolist(), abs=1e-4)
+
+
 def test_beam_search_is_the_same_beside_other_requests_and_shares_blocks(opt_folder: Path) -> None:
     prompt = random_prompt(33)
     alone = generate(make_engine(opt_folder), {"r": (prompt, BEAM)})

@@ -462,3 +462,96 @@ def test_engine_tells_echoed_and_prompt_logprobs_each_as_many_as_asked_for(opt_f
         for completion in output.completions:
             assert completion.logprobs is not None
             assert all(len(top) <= 2 for top in completion.logprobs.top_logprobs if top is not None)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_engine_stops_at_the_token_at_which_transformers_finds_a_stop_string(
+    opt_folder: Path, opt_reference: transformers.PreTrainedModel, seed: int
+) -> None:
+    """Strings out of the middle of what is generated, so that most begin and end within tokens."""
+    prompt = random_prompt(12, seed)
+    engine = make_engine(opt_folder)
+    free = generate(engine, {"r": (prompt, GREEDY)}).outputs["r"].completions[0].text
+    stops = [free[start : start + size] for start in range(1, len(free) - 4, 2) for size in (1, 3, 4)]
+    stops = [stop for stop in stops if stop.isascii()]
+    assert len(stops) > 5
+
+    for stop in stops:
+        kept = replace(GREEDY, stop=(stop,), include_stop_str_in_output=True)
+        run = generate(engine, {"cut": (prompt, replace(GREEDY, stop=(stop,))), "kept": (prompt, kept)})
+
+        ids = opt_reference.generate(  # type: ignore[operator]  # its type is lost on the way
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=16,
+            do_sample=False,
+            eos_token_id=None,
+            stop_strings=[stop],
+            tokenizer=transformers.AutoTokenizer.from_pretrained(opt_folder),
+        )
+        expected = ids[0, len(prompt) :].tolist()
+        assert [list(run.tokens(name)[0]) for name in ("cut", "kept")] == [expected] * 2, stop
+        first = free.index(stop)
+        cut, whole = (run.outputs[name].completions[0] for name in ("cut", "kept"))
+        assert (cut.text, whole.text) == (free[:first], free[: first + len(stop)])
+        assert cut.stop_reason == stop
+
+
+def test_engine_ends_at_the_models_own_end_unless_told_to_ignore_it(
+    opt_folder: Path, opt_reference: transformers.PreTrainedModel
+) -> None:
+    prompt = random_prompt(12, 3)
+    tokens = greedy_reference(opt_reference, prompt, 16)
+    loaded = load_model(str(opt_folder), dtype=torch.float32, device=torch.device("cpu"))
+    ends = replace(loaded.generation_config, eos_token_ids=(tokens[6],))
+    engine = Engine(replace(loaded, generation_config=ends), EngineConfig(model="opt", num_blocks=400))
+
+    run = generate(engine, {"ends": (prompt, replace(GREEDY, ignore_eos=False)), "goes on": (prompt, GREEDY)})
+
+    ended = run.outputs["ends"].completions[0]
+    assert list(ended.token_ids) == tokens[: tokens.index(tokens[6]) + 1]
+    assert (ended.finish_reason, ended.stop_reason) == ("stop", None)
+    assert list(run.tokens("goes on")[0]) == tokens
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 4, 9])
+@pytest.mark.parametrize(
+    "params",
+    [GREEDY, replace(SAMPLED, n=3), replace(GREEDY, n=3, use_beam_search=True), replace(GREEDY, echo=True)],
+    ids=["greedy", "n", "beams", "echo"],
+)
+def test_engine_aborts_at_any_time_and_the_others_never_notice(
+    opt_folder: Path, params: SamplingParams, num_steps: int
+) -> None:
+    """Waiting, in the midst of a prompt, decoding, and on a cache so small that it has been preempted."""
+    others = {str(i): (random_prompt(9 + 5 * i, i), GREEDY) for i in range(3)}
+    alone = generate(make_engine(opt_folder), others)
+    engine = make_engine(opt_folder, num_blocks=30, max_num_batched_tokens=16)
+    for name, (prompt, own) in others.items():
+        engine.add_request(name, prompt, own)
+    engine.add_request("gone", random_prompt(40, 9), params)
+    run = Run()
+    for _ in range(num_steps):
+        run.add(engine.step())
+
+    assert engine.abort("gone")
+    engine.check_invariants()
+    run_to_end(engine, run)
+
+    assert [run.tokens(name) for name in others] == [alone.tokens(name) for name in others]
+    assert {one.finish_reason for one in run.outputs["gone"].completions} == {"abort"}
+    assert run.steps[-1].stats.num_blocks_used == 0
+
+
+def test_engine_serves_the_smaller_priority_first_and_preempts_the_larger(opt_folder: Path) -> None:
+    engine = make_engine(opt_folder, num_blocks=20, max_num_sequences=2)
+    for name, priority in (("late", 5), ("later", 5), ("soon", -1)):
+        engine.add_request(
+            name, random_prompt(20, len(name)), replace(GREEDY, max_tokens=30), priority=priority
+        )
+
+    run = run_to_end(engine)
+
+    assert list(run.outputs) == ["soon", "late", "later"]
+    assert run.outputs["soon"].phases.num_preemptions == 0
+    assert sum(output.phases.num_preemptions for output in run.outputs.values()) > 0
