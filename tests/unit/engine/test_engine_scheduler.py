@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from engine.block_manager import BlockManager
 from engine.errors import InvariantError
@@ -73,8 +74,10 @@ class Bench:
         return True
 
     def step(self) -> ScheduledBatch:
+        waiting = self._in(RequestStatus.WAITING)
         batch = self.scheduler.schedule()
         self.check(batch)
+        self.check_nobody_starves(batch, waiting)
         self.cache.run(batch)
         self.scheduler.commit(batch)
         self.joined += batch.joined
@@ -100,6 +103,24 @@ class Bench:
             num_tokens = entry.sequence.num_output_tokens + len(entry.proposal)
             assert num_tokens < entry.request.params.max_tokens or not entry.proposal
         assert sorted(lengths, key=lambda length: length != 1) == lengths
+
+    def check_nobody_starves(self, batch: ScheduledBatch, waiting: list[Request]) -> None:
+        """`waiting`: before the step. What is first in a line moves; together that bounds every wait."""
+        running = self._in(RequestStatus.RUNNING)
+        served = [entry.request for entry in batch.entries]
+        if running:
+            assert min(running, key=order) in served, "the first of the running ones got no token"
+        elif waiting:
+            raise AssertionError("requests wait and none runs")
+        assert all(request in served for request in running if request.is_decoding)
+        left_behind = [request for request in waiting if request.status is RequestStatus.WAITING]
+        for request in batch.joined:
+            assert all(order(request) < order(other) for other in left_behind), "one was overtaken"
+        for request in batch.preempted:
+            assert all(order(other) < order(request) for other in running), "an older one had to go"
+
+    def _in(self, status: RequestStatus) -> list[Request]:
+        return [request for request in self.requests if request.status is status]
 
     def run_to_end(self) -> int:
         """Steps until nothing is left; fails if some step makes no progress."""
@@ -153,6 +174,11 @@ class Bench:
             self.scheduler.remove(request)
 
 
+def order(request: Request) -> tuple[int, int]:
+    """Smaller is served first: by priority, then by arrival."""
+    return request.priority, request.arrival_number
+
+
 @st.composite
 def limits(draw: st.DrawFn) -> Limits:
     max_num_sequences = draw(st.integers(1, 8))
@@ -165,54 +191,58 @@ def limits(draw: st.DrawFn) -> Limits:
     )
 
 
-_ADD = st.tuples(
-    st.just("add"),
-    st.integers(1, 30),
-    st.integers(1, 20),
-    st.sampled_from([1, 1, 1, 2, 4]),
-    st.booleans(),
-    st.integers(0, 1),
-)
-_OPERATIONS = st.lists(
-    st.one_of(_ADD, st.tuples(st.just("abort"), st.integers(0, 20)), st.tuples(st.just("step"))), max_size=60
-)
+class SchedulerMachine(RuleBasedStateMachine):
+    """Adds, aborts and steps in any order; sequences finish and blocks run out by themselves on the way.
+
+    After every rule no block is lost or owned twice, by the block manager's own count. After every step also
+    the token budget and the seats are kept, each sequence finds in the cache what it put there, and nobody
+    starves. In the end everything finishes and every block is free.
+    """
+
+    @initialize(
+        limits=limits(),
+        seed=st.integers(0, 1000),
+        # With one kind all sequences of a request are equal, which is where sharing goes furthest.
+        num_token_kinds=st.sampled_from([1, 2, 9]),
+    )
+    def begin(self, limits: Limits, seed: int, num_token_kinds: int) -> None:
+        self.bench = Bench(limits, seed, num_token_kinds)
+
+    @rule(
+        num_prompt=st.integers(1, 30),
+        max_tokens=st.integers(1, 20),
+        width=st.sampled_from([1, 1, 1, 2, 4]),
+        beam=st.booleans(),
+        priority=st.integers(0, 1),
+    )
+    def add(self, num_prompt: int, max_tokens: int, width: int, beam: bool, priority: int) -> None:
+        self.bench.add(num_prompt, max_tokens, width, beam=beam, priority=priority)
+
+    @rule(number=st.integers(0, 20))
+    def abort(self, number: int) -> None:
+        alive = [one for one in self.bench.requests if one.status is not RequestStatus.FINISHED]
+        if alive:
+            self.bench.scheduler.remove(alive[number % len(alive)])
+
+    @rule(num_steps=st.integers(1, 6))
+    def step(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self.bench.step()
+
+    @invariant()
+    def accounts_agree(self) -> None:
+        self.bench.scheduler.check_invariants()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "bench"):
+            return
+        self.bench.run_to_end()
+        assert all(request.status is RequestStatus.FINISHED for request in self.bench.requests)
+        assert self.bench.blocks.num_free == self.bench.limits.num_blocks
 
 
-@settings(max_examples=300)
-@given(
-    limits=limits(),
-    operations=_OPERATIONS,
-    seed=st.integers(0, 1000),
-    # With one kind all sequences of a request are equal, which is where sharing goes furthest.
-    num_token_kinds=st.sampled_from([1, 2, 9]),
-)
-def test_scheduler_keeps_its_accounts_and_every_cached_token_under_any_operations(
-    limits: Limits, operations: list[tuple[object, ...]], seed: int, num_token_kinds: int
-) -> None:
-    bench = Bench(limits, seed, num_token_kinds)
-    for operation in operations:
-        match operation:
-            case (
-                "add",
-                int() as num_prompt,
-                int() as max_tokens,
-                int() as width,
-                bool() as beam,
-                int() as priority,
-            ):
-                bench.add(num_prompt, max_tokens, width, beam=beam, priority=priority)
-            case ("abort", int() as number) if number < len(bench.requests):
-                request = bench.requests[number]
-                if request.status is not RequestStatus.FINISHED:
-                    bench.scheduler.remove(request)
-            case ("step",):
-                bench.step()
-        bench.scheduler.check_invariants()
-
-    bench.run_to_end()
-
-    assert all(request.status is RequestStatus.FINISHED for request in bench.requests)
-    assert bench.blocks.num_free == limits.num_blocks
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 
 
 @settings(max_examples=100)
