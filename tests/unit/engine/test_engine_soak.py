@@ -20,10 +20,11 @@ from engine.core import Engine
 from engine.errors import InvalidRequestError
 from engine.outputs import Completion, RequestOutput
 from engine.sampling import SamplingParams, StructuredOutput
-from tests.unit.engine.engine_factory import Run, make_engine
+from tests.unit.engine.engine_factory import Run, make_engine, run_to_end
 
 NUM_REQUESTS = int(os.environ.get("THROUGHLINE_SOAK_REQUESTS", "160"))
 MAX_STEPS_A_REQUEST = 60
+NUM_COMPARED = 400
 BEGINNINGS = (
     "The capital of France is",
     "A queue is a line of jobs, and each job waits for its turn until a worker takes it from the queue.",
@@ -92,6 +93,7 @@ FREE_HABITS: tuple[Callable[[random.Random], Fields], ...] = (
     lambda rng: {"min_tokens": rng.randint(1, 6)},
     lambda rng: {"bad_words": tuple(rng.sample(WORDS, 2))},
     lambda _: {"ignore_eos": True},
+    lambda rng: {"prompt_logprobs": rng.choice([0, 2])},
 )
 
 
@@ -220,6 +222,35 @@ def test_soak_gives_each_completion_as_it_was_asked_for(soaked: Soak) -> None:
             _check_bad_words(completion, params, soaked.engine)
             if params.structured_outputs is not None and completion.finish_reason == "stop":
                 _check_structure(completion, params)
+
+
+def test_soak_gives_each_request_what_it_gets_with_room_and_nothing_remembered(soaked: Soak) -> None:
+    """No preemption, no cached prefix, nothing run ahead, other company: the same tokens and texts."""
+    roomy = make_engine(
+        engine.builtin.path(),
+        block_size=8,
+        num_blocks=20_000,
+        max_num_sequences=512,
+        keeps_prefixes=False,
+        max_num_batched_tokens=4096,
+    )
+    for request_id, (prompt, params) in list(soaked.asked.items())[:NUM_COMPARED]:
+        roomy.add_request(request_id, prompt, params)
+    expected = run_to_end(roomy).outputs
+
+    num_compared = 0
+    for request_id in expected.keys() - soaked.aborted:
+        ours, theirs = soaked.run.outputs[request_id], expected[request_id]
+        assert [told(completion) for completion in ours.completions] == [
+            told(completion) for completion in theirs.completions
+        ], soaked.asked[request_id][1]
+        assert (ours.prompt_logprobs is None) == (theirs.prompt_logprobs is None)
+        num_compared += 1
+    assert num_compared > 100
+
+
+def told(completion: Completion) -> tuple[object, ...]:
+    return completion.token_ids, completion.text, completion.finish_reason, completion.stop_reason
 
 
 def test_soak_streams_what_it_reports(soaked: Soak) -> None:
