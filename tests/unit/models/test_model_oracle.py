@@ -153,3 +153,57 @@ def test_bfloat16_is_as_close_to_float32_as_the_oracles_bfloat16(folder: Path, p
     )
 
     assert our_error < 1.5 * their_error
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", MODEL_KINDS)
+def test_checkpoint_of_half_precision_in_parts_gives_the_oracles_logits(
+    kind: ModelKind, stored: torch.dtype, tmp_path: Path
+) -> None:
+    pair = load_pair(make_model_folder(kind, tmp_path, dtype=stored, max_shard_size="40KB"))
+    prompts = make_prompts(5)
+
+    ours = PagedDriver(pair.ours).run([(PagedSequence(prompt), len(prompt)) for prompt in prompts])
+
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    for prompt, logits in zip(prompts, ours, strict=True):
+        assert greatest_difference(logits, pair.oracle_logits(prompt)) < TOLERANCE
+
+
+_LONG_ROPE = {"rope_type": "linear", "rope_theta": 20000.0, "factor": 4.0}
+_GEMMA_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+VARIANTS: tuple[tuple[ModelKind, dict[str, Any]], ...] = (
+    ("opt", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+    ("opt", {"activation_function": "gelu"}),
+    ("opt", {"tie_word_embeddings": False}),
+    ("opt", {"_remove_final_layer_norm": True}),
+    ("opt-350m-like", {"word_embed_proj_dim": 48}),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "n_inner": 72, "activation_function": "gelu"}),
+    ("gpt2", {"scale_attn_weights": False, "activation_function": "relu"}),
+    ("gpt2", {"tie_word_embeddings": False}),
+    ("llama", {"mlp_bias": True, "attention_bias": True, "rms_norm_eps": 1e-3}),
+    ("llama", {"rope_parameters": _LONG_ROPE, "num_key_value_heads": 6}),
+    ("llama", {"num_key_value_heads": 1, "head_dim": 8}),
+    ("mistral", {"sliding_window": None}),
+    ("mistral", {"sliding_window": 1}),
+    ("qwen2", {"use_sliding_window": False, "sliding_window": 5}),
+    ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
+    ("gemma3", {"rope_parameters": _GEMMA_ROPE, "query_pre_attn_scalar": 256}),
+    ("gemma3", {"attention_bias": True, "layer_types": ["full_attention"] * 3}),
+)
+
+
+@pytest.mark.parametrize(("kind", "fields"), VARIANTS, ids=[f"{kind}-{'-'.join(f)}" for kind, f in VARIANTS])
+def test_what_a_config_may_change_gives_the_oracles_logits(
+    kind: ModelKind, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    pair = load_pair(make_model_folder(kind, tmp_path, **fields))
+    prompts = make_prompts(6)
+
+    ours = PagedDriver(pair.ours).run([(PagedSequence(prompt), len(prompt)) for prompt in prompts])
+
+    for prompt, logits in zip(prompts, ours, strict=True):
+        assert greatest_difference(logits, pair.oracle_logits(prompt)) < TOLERANCE
