@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cuda_ops.activation import silu_and_mul
+from cuda_ops.activation import gelu_and_mul, silu_and_mul
 from cuda_ops.attention import paged_attention_decode, paged_attention_prefill
 from cuda_ops.dense import linear
 from cuda_ops.kv_cache import write_kv
@@ -13,6 +13,7 @@ from cuda_ops.sampling import softmax_at
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "gelu_and_mul",
     "layer_norm",
     "linear",
     "paged_attention_decode",

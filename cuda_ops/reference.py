@@ -121,6 +121,11 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return (F.silu(gate.float()) * up).to(x.dtype)
 
 
+def gelu_and_mul(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return (F.gelu(gate.float(), approximate="tanh") * up).to(x.dtype)
+
+
 def softmax_at(logits: Tensor, temperatures: Tensor) -> Tensor:
     wide = logits.float()
     # The maximum moves to 0 first, so that no quotient overflows.

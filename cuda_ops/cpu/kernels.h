@@ -147,6 +147,7 @@ struct Kernels {
   ByType<NormArguments> layer_norm;
   ByType<RotaryArguments> rotary;
   ByType<GateArguments> silu_and_mul;
+  ByType<GateArguments> gelu_and_mul;
   ByType<SoftmaxArguments> softmax_at;
   ByType<QuantiseArguments> quantise;
   ByType<LinearArguments> linear;       // with a weight of the same type

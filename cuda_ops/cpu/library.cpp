@@ -289,8 +289,7 @@ void rotary_embedding(Tensor query, Tensor key, Tensor cos_sin) {
   run(level_in_use->kernels->rotary, type, arguments, query.size(0), query.numel() + key.numel());
 }
 
-Tensor silu_and_mul(Tensor given) {
-  const char* op = "silu_and_mul";
+Tensor gate_and_mul(const char* op, ByType<GateArguments> Kernels::*kernel, Tensor given) {
   const ScalarType type = type_of(op, given);
   STD_TORCH_CHECK(given.dim() >= 1 && given.size(given.dim() - 1) % 2 == 0, op, ": the last axis must be even");
   const bool is_plain = given.dim() == 2 && given.stride(1) == 1;
@@ -300,9 +299,13 @@ Tensor silu_and_mul(Tensor given) {
   shape.back() = width / 2;
   const Tensor out = torch::stable::new_empty(x, shape);
   const GateArguments arguments{x.data_ptr(), is_plain ? x.stride(0) : width, out.data_ptr(), width / 2};
-  run(level_in_use->kernels->silu_and_mul, type, arguments, width == 0 ? 0 : x.numel() / width, x.numel());
+  run(level_in_use->kernels->*kernel, type, arguments, width == 0 ? 0 : x.numel() / width, x.numel());
   return out;
 }
+
+Tensor silu_and_mul(Tensor x) { return gate_and_mul("silu_and_mul", &Kernels::silu_and_mul, x); }
+
+Tensor gelu_and_mul(Tensor x) { return gate_and_mul("gelu_and_mul", &Kernels::gelu_and_mul, x); }
 
 Tensor softmax_at(Tensor logits, Tensor temperatures) {
   const char* op = "softmax_at";
@@ -424,6 +427,7 @@ void register_ops() {
   registration->impl("add_layer_norm", TORCH_BOX(&add_layer_norm));
   registration->impl("rotary_embedding", TORCH_BOX(&rotary_embedding));
   registration->impl("silu_and_mul", TORCH_BOX(&silu_and_mul));
+  registration->impl("gelu_and_mul", TORCH_BOX(&gelu_and_mul));
   registration->impl("softmax_at", TORCH_BOX(&softmax_at));
   registration->impl("linear", TORCH_BOX(&linear));
 }

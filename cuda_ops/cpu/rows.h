@@ -149,16 +149,22 @@ void rotary(const RotaryArguments& a, int64_t begin, int64_t end) {
 
 INLINE Floats silu(Floats x) { return x / (splat(1.0f) + exponential(-x)); }
 
-template <class T>
-void silu_and_mul(const GateArguments& a, int64_t begin, int64_t end) {
+// By tanh, written as a sigmoid: 0.5 (1 + tanh(u)) is 1 / (1 + exp(-2 u)), which loses nothing where u is negative.
+INLINE Floats gelu(Floats x) {
+  const Floats doubled = (x + x * x * x * splat(0.044715f)) * splat(1.5957691216f);
+  return x / (splat(1.0f) + exponential(-doubled));
+}
+
+template <class T, Floats (*activate)(Floats)>
+void gate_and_mul(const GateArguments& a, int64_t begin, int64_t end) {
   for (int64_t index = begin; index < end; ++index) {
     const T* gate = static_cast<const T*>(a.x) + index * a.row_stride;
     const T* up = gate + a.size;
     T* out = static_cast<T*>(a.out) + index * a.size;
     int64_t i = 0;
-    for (; i + kLanes <= a.size; i += kLanes) store(out + i, silu(load(gate + i)) * load(up + i));
+    for (; i + kLanes <= a.size; i += kLanes) store(out + i, activate(load(gate + i)) * load(up + i));
     const int64_t rest = a.size - i;
-    if (rest) store_part(out + i, silu(load_part(gate + i, rest)) * load_part(up + i, rest), rest);
+    if (rest) store_part(out + i, activate(load_part(gate + i, rest)) * load_part(up + i, rest), rest);
   }
 }
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Final, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import cuda_ops
@@ -184,8 +183,7 @@ class Gemma3Layer:
         x = norm(residual) if delta is None else norm.after_adding(delta, residual)
         attended = self._attended_norm(self._attend(x, cos_sin, kv_cache, metadata))
         x = self._ffn_norm.after_adding(attended, residual)
-        gate, up = self._gate_up(x).chunk(2, dim=-1)
-        return self._ffn_done_norm(self._down(F.gelu(gate, approximate="tanh") * up))
+        return self._ffn_done_norm(self._down(cuda_ops.gelu_and_mul(self._gate_up(x))))
 
     def _attend(
         self, x: Tensor, cos_sin: Tensor, kv_cache: tuple[Tensor, Tensor], metadata: AttentionMetadata

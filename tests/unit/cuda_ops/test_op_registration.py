@@ -36,6 +36,7 @@ def make_arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "add_layer_norm": (rows, residual, None, None, 1e-5),
         "rotary_embedding": (query.clone(), key.clone(), torch.randn(5, 8)),
         "silu_and_mul": (rows,),
+        "gelu_and_mul": (rows,),
         "softmax_at": (rows, torch.rand(5) + 0.1),
         "write_kv": (key, key.clone(), *caches, torch.tensor([11, 0, 3, 4, 9])),
         "paged_attention_decode": (out[:2], decoding, *caches, tables, lengths, 6, 0.3, 4),

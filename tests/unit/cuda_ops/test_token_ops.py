@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -118,9 +119,31 @@ def test_silu_and_mul_equals_its_formula_on_strided_rows(size: int, dtype: torch
     assert (error <= exact.abs() * (ROUNDOFF[dtype] + 8 * ROUNDOFF[torch.float32]) + 1e-30).all()
 
 
-def test_silu_and_mul_refuses_an_odd_width() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 7, 80])
+def test_gelu_and_mul_equals_its_formula_on_strided_rows(size: int, dtype: torch.dtype) -> None:
+    x = 4 * make_rows(2 * size, dtype)
+    gate, up = x.double().chunk(2, dim=-1)
+    exact = 0.5 * gate * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up
+
+    error = (cuda_ops.gelu_and_mul(x).double() - exact).abs()
+
+    # Far below 0 what is left of 1 + tanh is the rounding of 1.
+    rounding = 8 * ROUNDOFF[torch.float32] * (gate * up).abs()
+    assert (error <= exact.abs() * ROUNDOFF[dtype] + rounding + 1e-30).all()
+
+
+@pytest.mark.parametrize("value", [-1e30, -100.0, 0.0, 100.0, 1e30])
+def test_gelu_and_mul_is_nothing_or_all_far_from_zero(value: float) -> None:
+    result = cuda_ops.gelu_and_mul(torch.tensor([[value, 1.0]]))
+
+    assert result.item() == pytest.approx(max(0.0, value), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("op", [cuda_ops.silu_and_mul, cuda_ops.gelu_and_mul], ids=["silu", "gelu"])
+def test_gate_refuses_an_odd_width(op: Callable[[torch.Tensor], torch.Tensor]) -> None:
     with pytest.raises(OpInputError, match="must be even"):
-        cuda_ops.silu_and_mul(torch.zeros(2, 3))
+        op(torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
