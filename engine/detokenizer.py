@@ -12,6 +12,8 @@ _MAX_UNSETTLED_TOKENS = 8
 # Past this many tokens the settled ones are dropped from the window that is decoded for each token.
 _MAX_WINDOW_TOKENS = 8
 _NUM_CONTEXT_TOKENS = 6
+# A window that begins within a character reaches its first byte after so many more.
+_NUM_BYTES_BEFORE = 3
 
 
 class Decoder(Protocol):
@@ -34,7 +36,7 @@ class IncrementalDetokenizer:
         """`context` holds the tokens before the first one pushed; only the last few matter."""
         self._decoder = decoder
         self._skip_special_tokens = skip_special_tokens
-        self._window = list(context[-_NUM_CONTEXT_TOKENS:])
+        self._window = self._end_of(context)
         self._num_emitted = len(self._decode()) if self._window else 0
         self._num_settled = len(self._window)
 
@@ -51,6 +53,19 @@ class IncrementalDetokenizer:
     def flush(self) -> str:
         """The rest at the end of a sequence: incomplete characters as replacement characters."""
         return self._emit(self._decode()) if len(self._window) > self._num_settled else ""
+
+    def _end_of(self, context: Sequence[int]) -> list[int]:
+        """The last few tokens, from a character's beginning on.
+
+        With byte fallback a run of bytes that begins within a character is replaced whole, with all that is
+        pushed to it. A context that holds broken characters itself has no better beginning.
+        """
+        shortest = list(context[-_NUM_CONTEXT_TOKENS:])
+        for num_more in range(_NUM_BYTES_BEFORE + 1):
+            window = list(context[-_NUM_CONTEXT_TOKENS - num_more :])
+            if _REPLACEMENT not in self._text_of(window):
+                return window
+        return shortest
 
     def _emit(self, text: str) -> str:
         new = text[self._num_emitted :]

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models
 
 from engine.detokenizer import IncrementalDetokenizer
 from engine.sampling import SamplingParams
@@ -26,15 +26,27 @@ class ByteTokens:
         return self.decode([token_id])
 
 
-def byte_fallback_tokenizer() -> Tokenizer:
-    """As Llama's: words with a space mark, and a token for each byte."""
+# What the folders of such models say: Llama 2 and Mistral, Gemma, and SentencePiece's own.
+DECODERS = {
+    "llama": [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ],
+    "gemma": [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()],
+    "metaspace": [decoders.ByteFallback(), decoders.Metaspace()],
+}
+
+
+def byte_fallback_tokenizer(kind: str) -> Tokenizer:
+    """Words with a space mark, a token for each byte, and a special one."""
     words = ["<unk>", "▁a", "▁the", "b", "c"]
     vocabulary = {word: index for index, word in enumerate(words)}
     vocabulary |= {f"<0x{byte:02X}>": len(words) + byte for byte in range(256)}
     backend = Backend(models.BPE(vocabulary, [], byte_fallback=True))
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    backend.add_special_tokens([AddedToken("</s>", special=True)])
+    backend.decoder = decoders.Sequence(DECODERS[kind])
     return Tokenizer(backend)
 
 
@@ -58,20 +70,39 @@ def test_detokenizer_gives_what_decoding_at_once_gives_for_any_bytes(token_ids: 
     assert "".join(pieces) == ByteTokens().decode(token_ids)
 
 
-@given(
-    parts=st.lists(
-        st.one_of(st.sampled_from([[1], [2], [3], [4]]), st.characters(min_codepoint=128)), max_size=40
-    )
+# Of characters not the replacement, nor the mark, which a decoder takes for a space in bytes too.
+_PARTS = st.lists(
+    st.one_of(
+        st.sampled_from([[1], [2], [3], [4], [261]]),
+        st.characters(codec="utf-8", min_codepoint=128, exclude_characters="\ufffd▁"),
+    ),
+    max_size=40,
 )
-def test_detokenizer_follows_byte_fallback_and_leading_spaces(parts: list[list[int] | str]) -> None:
-    tokenizer = byte_fallback_tokenizer()
-    token_ids = [1]
-    for part in parts:
-        token_ids += [5 + byte for byte in part.encode()] if isinstance(part, str) else part
 
-    pieces = push_all(IncrementalDetokenizer(tokenizer), token_ids)
 
-    assert "".join(pieces) == tokenizer.decode(token_ids)
+def ids_of(parts: list[list[int] | str]) -> list[int]:
+    return [
+        token_id
+        for part in parts
+        for token_id in ([5 + byte for byte in part.encode()] if isinstance(part, str) else part)
+    ]
+
+
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize("kind", DECODERS)
+@given(context=_PARTS, parts=_PARTS)
+def test_detokenizer_follows_byte_fallback_and_leading_spaces(
+    kind: str, skips: bool, context: list[list[int] | str], parts: list[list[int] | str]
+) -> None:
+    """What follows a prompt is what the whole decodes to, without what the prompt decodes to."""
+    tokenizer = byte_fallback_tokenizer(kind)
+    before, token_ids = [1, *ids_of(context)], ids_of(parts)
+
+    pieces = push_all(IncrementalDetokenizer(tokenizer, before, skip_special_tokens=skips), token_ids)
+
+    whole = tokenizer.decode([*before, *token_ids], skips)
+    assert "".join(pieces) == whole[len(tokenizer.decode(before, skips)) :]
+    assert all("\ufffd" not in piece for piece in pieces)
 
 
 def test_detokenizer_shows_a_character_at_its_last_byte() -> None:
