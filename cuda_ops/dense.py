@@ -22,6 +22,8 @@ _PANEL: Final = 32
 _GROUP_BYTES: Final = 4
 _LARGEST_INT8: Final = 127
 _INT8_OFFSET: Final = 128
+# To be rounded: a large vocabulary in float32 would take several times the room of the whole model.
+_ROWS_AT_ONCE: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +54,14 @@ def pack_weight(weight: Tensor) -> PackedWeight:
 def quantise_weight(weight: Tensor) -> PackedWeight:
     """Round each row to int8 in steps of 1/127 of its largest magnitude, and lay the rows out."""
     num_outputs, num_inputs = weight.shape
-    rows = weight.float()
-    scales = rows.abs().amax(dim=1) / _LARGEST_INT8 if num_inputs else rows.new_zeros(num_outputs)
-    values = (rows / scales.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)).round_().to(torch.int8)
+    scales = weight.new_zeros(num_outputs, dtype=torch.float32)
+    values = torch.empty_like(weight, dtype=torch.int8)
+    for first in range(0, num_outputs if num_inputs else 0, _ROWS_AT_ONCE):
+        part = slice(first, first + _ROWS_AT_ONCE)
+        rows = weight[part].float()
+        scales[part] = rows.abs().amax(dim=1) / _LARGEST_INT8
+        steps = scales[part].clamp(min=torch.finfo(torch.float32).tiny)
+        values[part] = (rows / steps.unsqueeze(1)).round_().to(torch.int8)
     sums = values.sum(dim=1, dtype=torch.int32) * _INT8_OFFSET
     return PackedWeight(_to_panels(values), num_outputs, num_inputs, scales, sums)
 

@@ -14,6 +14,7 @@ import torch
 
 from engine.checkpoint import Checkpoint, WeightLayout
 from engine.hub import find_folder
+from engine.memory import freed_memory_goes_back
 from engine.model_config import ConfigFields, ModelConfig
 from engine.models import CausalLM
 from engine.models.registry import find_family
@@ -102,7 +103,8 @@ def load_model(
     )
     count = _WeightCount(observer, checkpoint.num_bytes)
     checkpoint.on_read = count
-    model = family.load(fields, architecture, checkpoint)
+    with freed_memory_goes_back():
+        model = family.load(fields, architecture, checkpoint)
     count.finish()
     eos = _read_eos(folder) or model.config.eos_token_ids or tokenizer.eos_token_ids
     return LoadedModel(model, model.config, tokenizer, GenerationConfig(eos))
