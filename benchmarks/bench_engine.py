@@ -177,29 +177,51 @@ def sweep(
 
 def _for_chart(contestants: Mapping[str, Contestant]) -> dict[str, Contestant]:
     """Without the engine's slow twin, and of `transformers` the one that takes the batch whole."""
-    whole = [name for name in contestants if name.startswith("transformers")][-1]
-    chosen = ("engine", "engine, int8", whole)
-    return {name: run for name, run in contestants.items() if name in chosen}
+    left_out = ["engine, plain-torch ops", *[name for name in contestants if name.startswith("tr")][:-1]]
+    return {name: run for name, run in contestants.items() if name not in left_out} or dict(contestants)
 
 
 def _contestants(arguments: argparse.Namespace, folder: Path) -> dict[str, Contestant]:
-    contestants: dict[str, Contestant] = {
-        "engine": _engine(arguments, folder, arguments.dtype, "auto"),
-        "engine, int8": _engine(arguments, folder, "int8", "auto"),
-        "engine, plain-torch ops": _engine(arguments, folder, arguments.dtype, "reference"),
+    dtype: Dtype = arguments.dtype
+    makers: dict[str, Callable[[], dict[str, Contestant]]] = {
+        "engine": lambda: {"engine": _engine(arguments, folder, dtype=dtype)},
+        "int8": lambda: {"engine, int8": _engine(arguments, folder, dtype="int8")},
+        "reference": lambda: {
+            "engine, plain-torch ops": _engine(arguments, folder, dtype=dtype, kernels="reference")
+        },
+        "invariant": lambda: {
+            "engine, batch-invariant": _engine(arguments, folder, dtype=dtype, is_batch_invariant=True)
+        },
+        "transformers": lambda: _transformers(arguments, folder),
     }
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, arguments.dtype)
-    ).eval()
-    for batch_size in sorted(arguments.batch_sizes):
-        contestants[f"transformers, batches of {batch_size}"] = _padded(model, batch_size)
+    contestants: dict[str, Contestant] = {}
+    for name in dict.fromkeys(arguments.contestants):
+        contestants |= makers[name]()
     return contestants
 
 
-def _engine(arguments: argparse.Namespace, folder: Path, dtype: Dtype, kernels: Kernels) -> Contestant:
+def _transformers(arguments: argparse.Namespace, folder: Path) -> dict[str, Contestant]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, arguments.dtype)
+    ).eval()
+    return {
+        f"transformers, batches of {batch_size}": _padded(model, batch_size)
+        for batch_size in sorted(arguments.batch_sizes)
+    }
+
+
+def _engine(
+    arguments: argparse.Namespace,
+    folder: Path,
+    *,
+    dtype: Dtype,
+    kernels: Kernels = "auto",
+    is_batch_invariant: bool = False,
+) -> Contestant:
     config = EngineConfig(
         model=str(folder),
         dtype=dtype,
+        is_batch_invariant=is_batch_invariant,
         num_threads=arguments.threads,
         max_num_sequences=arguments.max_num_sequences,
         max_num_batched_tokens=arguments.max_num_batched_tokens,
@@ -277,8 +299,10 @@ def _print(timings: dict[str, list[Timing]], num_tokens: int, arguments: argpars
 
 def _table(measure_name: str, rates: dict[str, list[float]]) -> Table:
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    best_peer = max(median for name, median in medians.items() if not name.startswith("engine"))
-    table = Table("contestant", measure_name, "slowest", "fastest", "ratio to best transformers")
+    peers = [median for name, median in medians.items() if name.startswith("transformers")]
+    best_peer = max(peers, default=next(iter(medians.values())))
+    to_whom = "ratio to best transformers" if peers else "ratio to the first"
+    table = Table("contestant", measure_name, "slowest", "fastest", to_whom)
     for name, values in rates.items():
         cells = (medians[name], min(values), max(values))
         table.add_row(name, *(f"{cell:.0f}" for cell in cells), f"{medians[name] / best_peer:.2f}")
@@ -317,6 +341,14 @@ def _parse_arguments() -> argparse.Namespace:
         "--make-model", type=Path, metavar="FOLDER", help="write an OPT-125M shape here and stop"
     )
     parser.add_argument("--workload", type=Path, metavar="FILE", help="what to run (see above)")
+    parser.add_argument(
+        "--contestants",
+        nargs="+",
+        choices=("engine", "int8", "reference", "invariant", "transformers"),
+        default=["engine", "int8", "reference", "transformers"],
+        help="who runs: the engine in --dtype, in int8, with plain-torch ops, with the switch for batch"
+        " invariance; transformers. By default all but the switch",
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=positive, default=2, help="of torch, by default 2")
     parser.add_argument("--repeats", type=positive, default=5, help="rounds, by default 5")

@@ -67,6 +67,31 @@ def test_bench_engine_prints_rates_and_draws_them_by_batch_size(
     assert "64" not in texts, "the workload has no 64 requests"
 
 
+def test_bench_engine_compares_only_those_that_are_named(
+    folder: Path, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = workload(tmp_path / "few.json", FEW)
+
+    run(
+        "--model",
+        folder,
+        "--workload",
+        file,
+        "--repeats",
+        1,
+        "--threads",
+        1,
+        "--contestants",
+        "int8",
+        "engine",
+    )
+
+    printed = capsys.readouterr().out
+    assert "ratio to the first" in printed
+    assert "transformers, batches" not in printed
+    assert "plain-torch" not in printed
+
+
 def test_bench_engine_names_what_is_wrong_and_measures_nothing(
     folder: Path, tmp_path: Path, run: Run
 ) -> None:
