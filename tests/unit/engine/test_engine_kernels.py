@@ -39,11 +39,19 @@ def test_engine_gives_the_same_greedy_tokens_with_native_kernels(
 
 
 def test_engine_says_which_kernels_it_took(opt_folder: Path) -> None:
-    told: list[str] = []
+    class Told:
+        def __init__(self) -> None:
+            self.stages: list[str] = []
 
-    Engine.from_config(EngineConfig(model=str(opt_folder), num_blocks=8, kernels="reference"), told.append)
+        def on_stage(self, what: str) -> None:
+            self.stages.append(what)
 
-    assert any(line.startswith("CPU kernels: reference in plain torch") for line in told)
+        def on_weights(self, num_bytes: int, total_bytes: int) -> None: ...
+
+    told, config = Told(), EngineConfig(model=str(opt_folder), num_blocks=8, kernels="reference")
+    Engine.from_config(config, loading=told)
+
+    assert any(line.startswith("CPU kernels: reference in plain torch") for line in told.stages)
 
 
 def test_engine_refuses_native_kernels_that_are_not_there(

@@ -90,7 +90,7 @@ def test_output_ends_with_its_structure_and_spends_no_token_on_the_end(engine: E
     (completion,) = completions(engine, follow("regex", "ab"))
 
     assert completion.text == "ab"
-    assert engine.model_info.tokenizer.decode(completion.token_ids) == "ab"
+    assert engine.model_info.tokenizer.decode(completion.token_ids, skip_special_tokens=False) == "ab"
     assert completion.finish_reason == "stop"
 
 
