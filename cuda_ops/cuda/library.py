@@ -8,14 +8,17 @@ from typing import Any, Final
 
 import torch
 
-from cuda_ops.cuda import rows
+from cuda_ops.cuda import attention, rows
 from cuda_ops.cuda.launcher import Launcher
 from cuda_ops.registry import NAMESPACE
 
 OPS: Final[Mapping[str, Callable[..., Any]]] = {
     "add_layer_norm": rows.add_layer_norm,
     "add_rms_norm": rows.add_rms_norm,
+    "gelu_and_mul": rows.gelu_and_mul,
     "layer_norm": rows.layer_norm,
+    "paged_attention_decode": attention.paged_attention_decode,
+    "paged_attention_prefill": attention.paged_attention_prefill,
     "rms_norm": rows.rms_norm,
     "rotary_embedding": rows.rotary_embedding,
     "silu_and_mul": rows.silu_and_mul,

@@ -23,24 +23,11 @@ _THREADS: Final = 128
 
 
 def silu_and_mul(launcher: Launcher, x: Tensor) -> Tensor:
-    size = x.shape[-1] // 2
-    rows = x.reshape(-1, 2 * size)
-    out = x.new_empty((*x.shape[:-1], size))
-    if out.numel() == 0:
-        return out
-    if not is_served(rows):
-        return reference.silu_and_mul(x)
-    count = run_length((rows,), size, rows.stride(0))
-    variant = Variant.of(
-        "activation", "silu_and_mul", ELEMENT=ELEMENTS[x.dtype], COUNT=count, THREADS=_THREADS
-    )
-    parts = -(-size // (_THREADS * count))
-    launcher.launch(
-        variant,
-        LaunchShape((len(rows), parts, 1), _THREADS),
-        (out, rows, c_longlong(rows.stride(0)), c_int(size)),
-    )
-    return out
+    return _activate_and_mul(launcher, x) if is_served(x) else reference.silu_and_mul(x)
+
+
+def gelu_and_mul(launcher: Launcher, x: Tensor) -> Tensor:
+    return _activate_and_mul(launcher, x, is_gelu=True) if is_served(x) else reference.gelu_and_mul(x)
 
 
 def rms_norm(launcher: Launcher, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -120,6 +107,25 @@ def write_kv(
             c_int(num_kv_heads), c_int(block_size), c_int(head_dim),
         ),
     )  # fmt: skip
+
+
+def _activate_and_mul(launcher: Launcher, x: Tensor, *, is_gelu: bool = False) -> Tensor:
+    size = x.shape[-1] // 2
+    out = x.new_empty((*x.shape[:-1], size))
+    if out.numel() == 0:
+        return out
+    rows = x.reshape(-1, 2 * size)
+    count = run_length((rows,), size, rows.stride(0))
+    variant = Variant.of(
+        "activation", "activate_and_mul",
+        ELEMENT=ELEMENTS[x.dtype], COUNT=count, THREADS=_THREADS, IS_GELU=int(is_gelu),
+    )  # fmt: skip
+    launcher.launch(
+        variant,
+        LaunchShape((len(rows), -(-size // (_THREADS * count)), 1), _THREADS),
+        (out, rows, c_longlong(rows.stride(0)), c_int(size)),
+    )
+    return out
 
 
 def _fits_norm(x: Tensor, *others: Tensor | None) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cuda_ops.cuda.compiler import KERNEL_FOLDER
-from cuda_ops.cuda.launcher import Argument, LaunchShape, Variant
+from cuda_ops.cuda.launcher import Argument, Launcher, LaunchShape, Variant
 from cuda_ops.cuda.library import register
 from cuda_ops.native import use_kernels
 
@@ -66,12 +66,12 @@ class EmulatedLauncher:
 
 
 @contextmanager
-def emulated(launcher: EmulatedLauncher) -> Iterator[EmulatedLauncher]:
-    """Let the ops run emulated kernels on CPU tensors."""
+def registered(launcher: Launcher) -> Iterator[None]:
+    """Let the ops on CPU tensors run the GPU's kernels by this launcher."""
     use_kernels("reference")
     library = register(launcher, "CPU")
     try:
-        yield launcher
+        yield
     finally:
         library._destroy()
 

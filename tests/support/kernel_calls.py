@@ -43,6 +43,7 @@ Call = tuple[str, tuple[Any, ...]]
 def calls_of_models(dtype: torch.dtype = torch.bfloat16) -> Iterator[Call]:
     for model in MODELS:
         yield from row_calls(model, 2, dtype)
+        yield from attention_calls(model, dtype)
 
 
 def row_calls(model: ModelShape, num_tokens: int, dtype: torch.dtype) -> Iterator[Call]:
@@ -53,7 +54,9 @@ def row_calls(model: ModelShape, num_tokens: int, dtype: torch.dtype) -> Iterato
     yield "add_rms_norm", (hidden, residual, weight, EPS)
     yield "layer_norm", (hidden, weight, weight, EPS)
     yield "add_layer_norm", (hidden, residual.clone(), weight, weight, EPS)
-    yield "silu_and_mul", (torch.randn(num_tokens, 2 * model.intermediate).to(dtype),)
+    gates = torch.randn(num_tokens, 2 * model.intermediate).to(dtype)
+    yield "silu_and_mul", (gates,)
+    yield "gelu_and_mul", (gates,)
     query, key, value = projected(model, num_tokens, dtype)
     yield "rms_norm", (query, torch.ones(model.head_dim, dtype=dtype), EPS)
     angles = torch.randn(num_tokens, model.head_dim // 2)
@@ -70,3 +73,15 @@ def projected(model: ModelShape, num_tokens: int, dtype: torch.dtype) -> tuple[T
     whole = torch.randn(num_tokens, sum(heads), model.head_dim).to(dtype)
     query, key, value = whole.split(heads, dim=1)
     return query, key, value
+
+
+def attention_calls(model: ModelShape, dtype: torch.dtype) -> Iterator[Call]:
+    """Two sequences that decode within a grid for long contexts, and prefill."""
+    query, _, _ = projected(model, 2, dtype)
+    caches = [torch.zeros(4, model.num_kv_heads, 16, model.head_dim, dtype=dtype) for _ in range(2)]
+    tables = torch.tensor([[0, 2, 1], [3, 0, 0]], dtype=torch.int32)
+    lengths = torch.tensor([35, 1], dtype=torch.int32)
+    starts = torch.tensor([0, 1, 2], dtype=torch.int32)
+    out, scale = torch.empty_like(query, memory_format=torch.contiguous_format), model.head_dim**-0.5
+    yield "paged_attention_decode", (out, query, *caches, tables, lengths, 4096, scale, None)
+    yield "paged_attention_prefill", (out, query, *caches, starts, lengths, tables, scale, None)

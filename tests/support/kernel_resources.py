@@ -71,7 +71,9 @@ def nvrtc_version() -> str:
 
 def _resources(job: tuple[Variant, str]) -> dict[str, int]:
     variant, arch = job
-    log = Compiler(arch, None).compile(variant).log
+    # A file's kernels are all in its log; the variant is one of them.
+    log = Compiler(arch, None).compile(variant).log.partition(f"entry function '{variant.entry}'")[2]
+    log = log.partition("entry function")[0]
     shared = _SHARED.search(log)
     used = _USED.search(log)
     assert used is not None, log

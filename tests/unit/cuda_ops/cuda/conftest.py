@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cuda_ops.native import use_kernels
-from tests.support.emulated_kernels import EmulatedLauncher, emulated, require_compiler
+from tests.support.borrowed_gpu import BorrowedGpu
+from tests.support.emulated_kernels import EmulatedLauncher, registered, require_compiler
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -22,8 +23,15 @@ def kernels() -> Iterator[None]:
     use_kernels("reference")
 
 
-@pytest.fixture(params=["forward", "reversed"])
-def launcher(request: pytest.FixtureRequest) -> Iterator[EmulatedLauncher]:
-    require_compiler()
-    with emulated(EmulatedLauncher(is_reversed=request.param == "reversed")) as running:
+@pytest.fixture(params=["forward", "reversed", pytest.param("gpu", marks=pytest.mark.gpu)])
+def launcher(request: pytest.FixtureRequest) -> Iterator[EmulatedLauncher | BorrowedGpu]:
+    """Whoever runs the kernels: the emulator, in two orders, and a GPU where there is one."""
+    if request.param == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("torch sees no CUDA device")
+        running: EmulatedLauncher | BorrowedGpu = BorrowedGpu()
+    else:
+        require_compiler()
+        running = EmulatedLauncher(is_reversed=request.param == "reversed")
+    with registered(running):
         yield running

@@ -34,16 +34,35 @@ extern "C" __global__ void broken(float* values, int step) {{
 """
 
 
+ALL_KERNELS = """
+import torch
+from cuda_ops.cuda.library import OPS
+from tests.support.emulated_kernels import EmulatedLauncher
+from tests.support.kernel_calls import ModelShape, attention_calls, row_calls
+torch.set_num_threads(1)
+model = ModelShape("odd", 100, 36, 6, 2, 80)
+for is_reversed in (False, True):
+    launcher = EmulatedLauncher(is_reversed=is_reversed)
+    for op, arguments in (*row_calls(model, 3, torch.bfloat16), *attention_calls(model, torch.bfloat16)):
+        OPS[op](launcher, *arguments)
+print("clean")
+"""
+
+
+def sanitizing(environ: dict[str, str]) -> dict[str, str]:
+    find = [require_compiler(), "-print-file-name=libasan.so"]
+    library = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
+    return {**environ, "EMULATOR_SANITIZES": "1", "LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}
+
+
 def run(
     tmp_path: Path, body: str, step: int = 0, *, sanitizes: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    compiler = require_compiler()
+    require_compiler()
     (tmp_path / "broken.cu").write_text(KERNEL.format(body=body))
     environ = {**os.environ, "PYTHONPATH": os.getcwd()}
     if sanitizes:
-        find = [compiler, "-print-file-name=libasan.so"]
-        library = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
-        environ |= {"EMULATOR_SANITIZES": "1", "LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}
+        environ = sanitizing(environ)
     return subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path), str(step)], env=environ, capture_output=True, text=True
     )
@@ -105,3 +124,11 @@ def test_sanitizer_tells_of_a_step_past_shared_memory(tmp_path: Path) -> None:
     done = run(tmp_path, body, 1, sanitizes=True)
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
+
+
+def test_every_kernel_is_clean_under_address_and_undefined_behaviour_sanitizers() -> None:
+    environ = sanitizing({**os.environ, "PYTHONPATH": os.getcwd()})
+
+    done = subprocess.run([sys.executable, "-c", ALL_KERNELS], env=environ, capture_output=True, text=True)
+
+    assert done.stdout == "clean\n", done.stderr

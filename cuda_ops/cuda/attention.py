@@ -1,0 +1,187 @@
+"""Attention over the paged cache: which kernels, how many blocks, how much shared memory."""
+
+from __future__ import annotations
+
+import math
+from ctypes import c_float, c_int, c_longlong
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from cuda_ops import reference
+from cuda_ops.cuda.elements import ELEMENTS, is_served, run_length
+from cuda_ops.cuda.launcher import Launcher, LaunchShape, Variant
+
+_HEAD_DIMS: Final = (64, 80, 96, 128, 256)
+_DTYPES: Final = (torch.bfloat16, torch.float16)
+# As in attention.cuh, attention_decode.cu and attention_prefill.cu.
+_PADDING: Final = 8
+_ROWS: Final = 16
+_TILE: Final = 16
+_MIN_SPLIT_TOKENS: Final = 256
+_STAGES: Final = 2
+_PREFILL_WARPS: Final = 4
+_PREFILL_TOKENS: Final = 32
+_BYTES: Final = 2
+# What cp.async moves at once.
+_COPY_BYTES: Final = 16
+# Enough to fill a GPU where few sequences decode, and not so many that merging shows where many do.
+_BLOCKS_PER_MULTIPROCESSOR: Final = 4
+
+
+def paged_attention_decode(
+    launcher: Launcher,
+    out: Tensor,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    max_context_len: int,
+    scale: float,
+    sliding_window: int | None,
+) -> None:
+    """As the op, and a context of 0 tokens, a row that fills up a batch of fixed size, gives zeros.
+
+    Nothing is read on the host, and the grid follows from shapes and `max_context_len` alone.
+    """
+    num_sequences, num_heads, head_dim = query.shape
+    if num_sequences == 0:
+        return
+    if not _is_native(out, query, key_cache, value_cache, block_tables, context_lens):
+        reference.paged_attention_decode(
+            out,
+            query,
+            key_cache,
+            value_cache,
+            block_tables,
+            context_lens,
+            max_context_len,
+            scale,
+            sliding_window,
+        )
+        return
+    num_kv_heads, block_size = key_cache.shape[1:3]
+    group = num_heads // num_kv_heads
+    parts = num_kv_heads * -(-group // _ROWS)
+    num_splits = _num_splits(launcher.num_multiprocessors, num_sequences * parts, max_context_len)
+    is_split = num_splits > 1
+    partial = (
+        query.new_empty((num_sequences, num_heads, num_splits, head_dim), dtype=torch.float32)
+        if is_split
+        else None
+    )
+    scales = (
+        query.new_empty((num_sequences, num_heads, num_splits), dtype=torch.float32) if is_split else None
+    )
+    warps = 2 if head_dim > 128 else 4
+    constants: dict[str, str | int] = {
+        "ELEMENT": ELEMENTS[query.dtype],
+        "HEAD_DIM": head_dim,
+        "GROUP": group,
+        "BLOCK_SIZE": block_size,
+        "WARPS": warps,
+        "STAGES": _STAGES,
+    }
+    shared = (_ROWS + warps * _STAGES * 2 * _TILE) * (head_dim + _PADDING) * _BYTES
+    shared += warps * min(group, _ROWS) * 2 * 4
+    launcher.launch(
+        Variant.of("attention_decode", "decode", **constants),
+        LaunchShape((num_splits, parts, num_sequences), warps * 32, shared),
+        (
+            out, partial, scales, query, key_cache, value_cache, block_tables, context_lens,
+            c_longlong(out.stride(0)), c_longlong(out.stride(1)),
+            c_longlong(query.stride(0)), c_longlong(query.stride(1)), c_longlong(block_tables.stride(0)),
+            c_int(num_kv_heads), c_int(sliding_window or 0), c_float(scale * math.log2(math.e)),
+        ),
+    )  # fmt: skip
+    if is_split:
+        launcher.launch(
+            Variant.of("attention_decode", "merge_splits", **constants),
+            LaunchShape((num_heads, num_sequences, 1), head_dim),
+            (
+                out, partial, scales, context_lens, c_longlong(out.stride(0)), c_longlong(out.stride(1)),
+                c_int(num_splits), c_int(sliding_window or 0),
+            ),
+        )  # fmt: skip
+
+
+def paged_attention_prefill(
+    launcher: Launcher,
+    out: Tensor,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    scale: float,
+    sliding_window: int | None,
+) -> None:
+    """As the op. Nothing is read on the host: blocks that turn out to have no queries end at once."""
+    num_tokens, num_heads, head_dim = query.shape
+    num_sequences = len(context_lens)
+    if num_tokens == 0 or num_sequences == 0:
+        return
+    is_native = _is_native(out, query, key_cache, value_cache, block_tables, context_lens)
+    if not is_native or query_start.dtype != torch.int32 or not _stores_pairs(out):
+        reference.paged_attention_prefill(
+            out, query, key_cache, value_cache, query_start, context_lens, block_tables, scale, sliding_window
+        )
+        return
+    num_kv_heads, block_size = key_cache.shape[1:3]
+    row_tiles = 1 if head_dim > 128 else 2
+    queries = _PREFILL_WARPS * row_tiles * _ROWS
+    variant = Variant.of(
+        "attention_prefill", "prefill",
+        ELEMENT=ELEMENTS[query.dtype], HEAD_DIM=head_dim,
+        GROUP=num_heads // num_kv_heads, BLOCK_SIZE=block_size,
+        ROW_TILES=row_tiles, QUERY_RUN=run_length((query,), query.stride(0), query.stride(1)),
+    )  # fmt: skip
+    # Each sequence may leave one tile that is not full.
+    num_tiles = num_tokens // queries + num_sequences
+    shared = (queries + _STAGES * 2 * _PREFILL_TOKENS) * (head_dim + _PADDING) * _BYTES
+    launcher.launch(
+        variant,
+        LaunchShape((num_heads, num_tiles, 1), _PREFILL_WARPS * 32, shared),
+        (
+            out, query, key_cache, value_cache, query_start, context_lens, block_tables,
+            c_longlong(out.stride(0)), c_longlong(out.stride(1)),
+            c_longlong(query.stride(0)), c_longlong(query.stride(1)), c_longlong(block_tables.stride(0)),
+            c_int(num_sequences), c_int(num_kv_heads), c_int(sliding_window or 0),
+            c_float(scale * math.log2(math.e)),
+        ),
+    )  # fmt: skip
+
+
+def _stores_pairs(out: Tensor) -> bool:
+    return out.data_ptr() % 4 == 0 and out.stride(0) % 2 == 0 and out.stride(1) % 2 == 0
+
+
+def _is_native(
+    out: Tensor,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+) -> bool:
+    block_size, head_dim = key_cache.shape[2:]
+    return (
+        query.dtype in _DTYPES
+        and is_served(out, query, key_cache, value_cache)
+        and head_dim in _HEAD_DIMS
+        and block_size % _TILE == 0
+        and key_cache.is_contiguous()
+        and value_cache.is_contiguous()
+        and (key_cache.data_ptr() | value_cache.data_ptr()) % _COPY_BYTES == 0
+        and block_tables.dtype == context_lens.dtype == torch.int32
+        and block_tables.stride(-1) == 1
+        and context_lens.is_contiguous()
+    )
+
+
+def _num_splits(num_multiprocessors: int, num_blocks: int, max_context_len: int) -> int:
+    wanted = -(-_BLOCKS_PER_MULTIPROCESSOR * num_multiprocessors // num_blocks)
+    return max(1, min(wanted, max_context_len // _MIN_SPLIT_TOKENS))

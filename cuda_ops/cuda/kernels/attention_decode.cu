@@ -1,0 +1,203 @@
+// Paged decode attention: one query token a sequence against its whole context.
+//
+// Work: block (split, kv head and part of its group, sequence). The context's tiles of 16 tokens are dealt out to the
+// splits, as many to each as the sequence's own length asks for, so that the grid is the same for every length and a
+// graph can keep it: splits without tiles end at once. Within a block the tiles go to the warps in turn. A warp loads
+// its own tiles by cp.async, STAGES - 1 ahead, and needs no other warp until the end, where softmaxes are merged
+// through shared memory. All query heads of a kv head (up to 16 at a time) are rows of the same tensor core products:
+// one row or sixteen cost the same, and far less than the load, so there is no second path for small groups.
+// A sequence in one split is written to `out`, others in float32 to `partial`, which `merge_splits` adds up.
+//
+// Moves: keys and values once, in runs of 16 * HEAD_DIM elements (4 KB at 128); per split HEAD_DIM + 1 floats a query
+// head twice. In flight on a multiprocessor of an H200 at HEAD_DIM 128: 3 blocks * 4 warps * 8 KB = 96 KB, where its
+// share of 4.3 TB/s at 700 ns of latency asks for 23 KB.
+// Takes (sm_90a, bfloat16, HEAD_DIM 128, groups of 4): 168 registers and 72 KB of shared memory, so three blocks a
+// multiprocessor. The limit of 99 KB on sm_89 and sm_120 is why there are two stages.
+// Limits: 16-bit elements, BLOCK_SIZE a multiple of 16, HEAD_DIM one of 16. Not measured on a GPU yet.
+#include <attention.cuh>
+
+using Stored = ELEMENT::Stored;
+
+constexpr int kTile = 16;
+constexpr int kRow = HEAD_DIM + kPadding;
+constexpr int kPart = GROUP < kRows ? GROUP : kRows;  // query heads of a block
+constexpr int kParts = (GROUP + kRows - 1) / kRows;
+constexpr int kMinTiles = 16;  // of a split: 256 tokens, so that merging stays small
+
+// Which of a sequence's tiles a split has: [first, past), and whether others have some too.
+struct Span {
+  int first, past;
+  bool is_alone;
+};
+
+__device__ __forceinline__ Span span_of(int split, int num_splits, int context_len, int first_token) {
+  const int first = first_token / kTile, past = (context_len + kTile - 1) / kTile;
+  const int each = max(kMinTiles, (past - first + num_splits - 1) / num_splits);
+  return {first + split * each, min(past, first + (split + 1) * each), past - first <= each};
+}
+
+__device__ __forceinline__ int first_visible(int context_len, int window) {
+  return window > 0 ? max(0, context_len - window) : 0;
+}
+
+// One warp's tiles, on their way from the cache through shared memory.
+struct Pipeline {
+  const Stored *keys, *values;  // of the kv head in block 0
+  const int* table;
+  long long page_stride;  // elements of a block of the cache
+  Stored* stages;         // [STAGES, keys and values, kTile, kRow]
+  int first, past, context_len, lane;
+  int pages;  // lane l: of the warp's tile l, l + 32, ...
+
+  // Starts to load the warp's tile number `turn`, if it has so many; always closes a group of copies.
+  __device__ __forceinline__ void fetch(int turn) {
+    const int tile = first + turn * WARPS;
+    if (tile < past) {
+      if (turn % 32 == 0) {
+        const int ahead = tile + lane * WARPS;
+        pages = ahead < past ? table[ahead * kTile / BLOCK_SIZE] : 0;
+      }
+      const int page = __shfl_sync(0xffffffffu, pages, turn % 32);
+      const long long start = page * page_stride + tile * kTile % BLOCK_SIZE * HEAD_DIM;
+      Stored* stage = stages + turn % STAGES * (2 * kTile * kRow);
+#pragma unroll
+      for (int i = 0; i < HEAD_DIM / 16; ++i) {
+        const int run = i * 32 + lane, row = run / (HEAD_DIM / 8), column = run % (HEAD_DIM / 8) * 8;
+        const bool is_context = tile * kTile + row < context_len;
+        cp_async_16(stage + row * kRow + column, keys + start + run * 8, is_context);
+        cp_async_16(stage + (kTile + row) * kRow + column, values + start + run * 8, is_context);
+      }
+    }
+    cp_async_commit();
+  }
+};
+
+// What a warp leaves for the others: its rows' sums over its own tiles.
+struct Leftover {
+  float* outputs;  // [kPart, HEAD_DIM], in the warp's stages
+  float* states;   // [kPart, 2]: largest score, sum of weights
+};
+
+__device__ __forceinline__ void leave(const AttendedRows<ELEMENT, HEAD_DIM, kTile, 1>& rows, Leftover leftover, int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = lane / 4 + half * 8;
+    if (row < kPart) {
+#pragma unroll
+      for (int n = 0; n < HEAD_DIM / 8; ++n) {
+        float* place = leftover.outputs + row * HEAD_DIM + n * 8 + lane % 4 * 2;
+        place[0] = rows.output[0][n][2 * half];
+        place[1] = rows.output[0][n][2 * half + 1];
+      }
+      if (lane % 4 == 0) {
+        leftover.states[row * 2] = rows.largest[0][half];
+        leftover.states[row * 2 + 1] = rows.sum[0][half];
+      }
+    }
+  }
+}
+
+// out, query: [num_sequences, num_kv_heads * GROUP, HEAD_DIM] by their strides.  caches: [num_blocks, num_kv_heads,
+// BLOCK_SIZE, HEAD_DIM], contiguous.  tables: [num_sequences, ...], rows table_stride apart.  context_lens:
+// [num_sequences]; 0 marks a row that fills up a batch and gives zeros.  partial: [num_sequences, heads, splits,
+// HEAD_DIM] and scales: [num_sequences, heads, splits] (log2 of the sum of weights); both null with one split.
+// scale: of scores, times log2(e).  window: tokens that are seen, 0 for all.
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+    decode(Stored* __restrict__ out, float* __restrict__ partial, float* __restrict__ scales,
+           const Stored* __restrict__ query, const Stored* __restrict__ key_cache,
+           const Stored* __restrict__ value_cache, const int* __restrict__ tables, const int* __restrict__ context_lens,
+           long long out_stride, long long out_head_stride, long long query_stride, long long query_head_stride,
+           long long table_stride, int num_kv_heads, int window, float scale) {
+  const int sequence = blockIdx.z, kv_head = blockIdx.y / kParts, first_row = blockIdx.y % kParts * kRows;
+  const int context_len = context_lens[sequence], first_token = first_visible(context_len, window);
+  const Span span = span_of(blockIdx.x, gridDim.x, context_len, first_token);
+  if (span.first >= span.past && blockIdx.x > 0) return;
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  Stored* queries = reinterpret_cast<Stored*>(dynamic_shared());
+  Stored* stages = queries + kRows * kRow + warp * (STAGES * 2 * kTile * kRow);
+  float* states = reinterpret_cast<float*>(queries + kRows * kRow + WARPS * (STAGES * 2 * kTile * kRow));
+  const long long head_start = static_cast<long long>(kv_head) * BLOCK_SIZE * HEAD_DIM;
+  Pipeline pipeline{key_cache + head_start, value_cache + head_start, tables + sequence * table_stride,
+                    static_cast<long long>(num_kv_heads) * BLOCK_SIZE * HEAD_DIM, stages, span.first + warp,
+                    span.past, context_len, lane, 0};
+#pragma unroll
+  for (int turn = 0; turn < STAGES - 1; ++turn) pipeline.fetch(turn);
+
+  const int num_rows = min(kPart, GROUP - first_row), first_head = kv_head * GROUP + first_row;
+  for (int i = threadIdx.x; i < kRows * HEAD_DIM; i += WARPS * 32) {
+    const int row = i / HEAD_DIM, column = i % HEAD_DIM;
+    queries[row * kRow + column] =
+        row < num_rows ? query[sequence * query_stride + (first_head + row) * query_head_stride + column]
+                       : ELEMENT::round(0.0f);
+  }
+  __syncthreads();
+
+  const QueryRows<ELEMENT, HEAD_DIM, 1> query_rows(queries, lane);
+  AttendedRows<ELEMENT, HEAD_DIM, kTile, 1> rows;
+  rows.start();
+  for (int turn = 0, tile = span.first + warp; tile < span.past; ++turn, tile += WARPS) {
+    pipeline.fetch(turn + STAGES - 1);
+    cp_async_wait<STAGES - 1>();
+    __syncwarp();
+    const Stored* stage = stages + turn % STAGES * (2 * kTile * kRow);
+    rows.attend(query_rows, stage, stage + kTile * kRow, lane, scale, [&](int, int token) {
+      const int place = tile * kTile + token;
+      return place >= first_token && place < context_len;
+    });
+    __syncwarp();
+  }
+  rows.finish();
+  cp_async_wait<0>();
+  leave(rows, {reinterpret_cast<float*>(stages), states + warp * kPart * 2}, lane);
+  __syncthreads();
+
+  const int num_heads = num_kv_heads * GROUP;
+  for (int i = threadIdx.x; i < num_rows * HEAD_DIM; i += WARPS * 32) {
+    const int row = i / HEAD_DIM, column = i % HEAD_DIM;
+    float largest = kHidden, sum = 0.0f, output = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) largest = fmaxf(largest, states[(w * kPart + row) * 2]);
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) {
+      const float weight = fast_exp2(states[(w * kPart + row) * 2] - largest);
+      const Stored* other = queries + kRows * kRow + w * (STAGES * 2 * kTile * kRow);
+      sum += weight * states[(w * kPart + row) * 2 + 1];
+      output += weight * reinterpret_cast<const float*>(other)[row * HEAD_DIM + column];
+    }
+    output = sum > 0.0f ? output / sum : 0.0f;
+    if (span.is_alone) {
+      out[sequence * out_stride + (first_head + row) * out_head_stride + column] = ELEMENT::round(output);
+    } else {
+      const long long place = (static_cast<long long>(sequence) * num_heads + first_head + row) * gridDim.x + blockIdx.x;
+      partial[place * HEAD_DIM + column] = output;
+      if (column == 0) scales[place] = largest + log2f(sum);
+    }
+  }
+}
+
+// Adds up the splits of each query head: block (head, sequence), one thread an element. Ends at once where `decode` has
+// written the result. Parameters as in `decode`.
+extern "C" __global__ void __launch_bounds__(HEAD_DIM)
+    merge_splits(Stored* __restrict__ out, const float* __restrict__ partial, const float* __restrict__ scales,
+                 const int* __restrict__ context_lens, long long out_stride, long long out_head_stride, int num_splits,
+                 int window) {
+  const int head = blockIdx.x, sequence = blockIdx.y, column = threadIdx.x;
+  const int context_len = context_lens[sequence], first_token = first_visible(context_len, window);
+  if (span_of(0, num_splits, context_len, first_token).is_alone) return;
+  const long long first = (static_cast<long long>(sequence) * gridDim.x + head) * num_splits;
+  float largest = kHidden, sum = 0.0f, output = 0.0f;
+  for (int split = 0; split < num_splits; ++split) {
+    const Span span = span_of(split, num_splits, context_len, first_token);
+    if (span.first >= span.past) break;
+    largest = fmaxf(largest, scales[first + split]);
+  }
+  for (int split = 0; split < num_splits; ++split) {
+    const Span span = span_of(split, num_splits, context_len, first_token);
+    if (span.first >= span.past) break;
+    const float weight = fast_exp2(scales[first + split] - largest);
+    sum += weight;
+    output += weight * partial[(first + split) * HEAD_DIM + column];
+  }
+  out[sequence * out_stride + head * out_head_stride + column] = ELEMENT::round(output / sum);
+}

@@ -1,0 +1,165 @@
+"""Attention kernels, emulated and on a GPU, against attention written out in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import cuda_ops
+from tests.support.dense_oracle import PagedCase, attend_densely, attention_tolerance, make_case
+from tests.support.emulated_kernels import EmulatedLauncher, registered, require_compiler
+
+
+def decode(case: PagedCase, window: int | None = None, max_context_len: int | None = None) -> torch.Tensor:
+    # A strided result, as the first rows of a mixed batch are not; beside it nothing may be written.
+    whole = torch.full((len(case.query), case.query.shape[1] + 1, case.query.shape[2]), 7.0).to(case.query)
+    cuda_ops.paged_attention_decode(
+        whole[:, 1:], case.query, case.key_cache, case.value_cache, case.block_tables, case.context_lens,
+        max_context_len=max_context_len or case.max_context_len, scale=case.scale, sliding_window=window,
+    )  # fmt: skip
+    assert (whole[:, 0] == 7.0).all()
+    return whole[:, 1:]
+
+
+def error_of(actual: torch.Tensor, case: PagedCase, window: int | None = None) -> float:
+    return float((actual.double() - attend_densely(case, window)).abs().max())
+
+
+def decode_case(
+    lengths: list[int],
+    *,
+    group: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    block_size: int = 16,
+) -> PagedCase:
+    return make_case(
+        lengths, [1] * len(lengths),
+        num_kv_heads=2, group=group, head_dim=head_dim, block_size=block_size, dtype=dtype, seed=head_dim,
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("launcher")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (80, 3), (96, 1), (128, 4), (256, 8)])
+def test_decode_equals_dense_attention_at_odd_lengths(head_dim: int, group: int, dtype: torch.dtype) -> None:
+    case = decode_case([1, 15, 16, 17, 130], group=group, head_dim=head_dim, dtype=dtype)
+
+    assert error_of(decode(case), case) <= attention_tolerance(case)
+
+
+@pytest.mark.parametrize("window", [None, 1, 40, 300, 5000])
+def test_decode_merges_splits_of_contexts_that_fill_some_of_them(
+    window: int | None, launcher: EmulatedLauncher
+) -> None:
+    launcher.num_multiprocessors = 10
+    case = decode_case([1300, 1, 256, 257], group=4, head_dim=64)
+
+    # As for a graph: the grid is that of the longest context there may be.
+    actual = decode(case, window, max_context_len=4096)
+
+    assert error_of(actual, case, window) <= attention_tolerance(case)
+
+
+@pytest.mark.usefixtures("launcher")
+def test_decode_takes_large_blocks_and_groups_of_more_heads_than_a_tile_has_rows() -> None:
+    case = decode_case([70, 33], group=20, head_dim=64, block_size=32)
+
+    assert error_of(decode(case), case) <= attention_tolerance(case)
+
+
+def test_decode_gives_zeros_for_rows_that_only_fill_up_a_batch(launcher: EmulatedLauncher) -> None:
+    case = decode_case([20, 20, 20], group=4, head_dim=64)
+    case.context_lens[1] = 0
+    case.block_tables[1] = 0
+
+    actual = decode(case, max_context_len=4096)
+
+    alone = decode(decode_case([20, 20, 20], group=4, head_dim=64), max_context_len=4096)
+    assert not actual[1].any()
+    assert torch.equal(actual[::2], alone[::2])
+
+
+def test_decode_is_blind_to_what_lies_in_slots_past_the_context(launcher: EmulatedLauncher) -> None:
+    case = decode_case([5, 18], group=1, head_dim=64)
+    before = decode(case)
+    for cache in (case.key_cache, case.value_cache):
+        cache[case.block_tables[0, 0].item(), :, 5:] = torch.nan
+        cache[case.block_tables[1, 1].item(), :, 2:] = torch.nan
+
+    assert torch.equal(decode(case), before)
+
+
+def prefill(case: PagedCase, window: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+    out = (
+        torch.full_like(case.query, torch.nan, memory_format=torch.contiguous_format) if out is None else out
+    )
+    cuda_ops.paged_attention_prefill(
+        out, case.query, case.key_cache, case.value_cache, case.query_start, case.context_lens,
+        case.block_tables, scale=case.scale, sliding_window=window,
+    )  # fmt: skip
+    return out
+
+
+def prefill_case(
+    parts: list[tuple[int, int]], *, group: int, head_dim: int, dtype: torch.dtype = torch.bfloat16
+) -> PagedCase:
+    """Parts are tokens that earlier chunks have stored, and tokens of this one."""
+    return make_case(
+        [old + new for old, new in parts], [new for _, new in parts],
+        num_kv_heads=1, group=group, head_dim=head_dim, block_size=16, dtype=dtype, seed=head_dim,
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("launcher")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("head_dim", "group"), [(64, 2), (80, 1), (96, 1), (128, 1), (256, 1)])
+def test_prefill_equals_dense_attention_over_chunks_that_continue_a_context(
+    head_dim: int, group: int, dtype: torch.dtype
+) -> None:
+    case = prefill_case([(0, 1), (70, 37), (0, 66)], group=group, head_dim=head_dim, dtype=dtype)
+
+    assert error_of(prefill(case), case) <= attention_tolerance(case)
+
+
+@pytest.mark.usefixtures("launcher")
+@pytest.mark.parametrize("window", [None, 1, 33, 70, 5000])
+def test_prefill_sees_its_window_when_queries_fill_several_tiles(window: int | None) -> None:
+    case = prefill_case([(40, 150), (0, 128), (3, 2)], group=2, head_dim=64)
+
+    assert error_of(prefill(case, window), case, window) <= attention_tolerance(case)
+
+
+@pytest.mark.usefixtures("launcher")
+def test_prefill_finds_its_tile_among_more_sequences_than_a_warp_has_lanes() -> None:
+    case = prefill_case([(index % 3, 1 + index % 5) for index in range(70)], group=1, head_dim=64)
+
+    assert error_of(prefill(case), case) <= attention_tolerance(case)
+
+
+@pytest.mark.usefixtures("launcher")
+def test_prefill_leaves_rows_of_other_sequences_alone() -> None:
+    whole = prefill_case([(0, 1), (20, 30)], group=2, head_dim=64)
+    later = PagedCase(
+        whole.query, whole.key_cache, whole.value_cache, whole.query_start[1:], whole.context_lens[1:],
+        whole.block_tables[1:], whole.query_lens,
+    )  # fmt: skip
+    out = torch.full(whole.query.shape, 7.0, dtype=whole.query.dtype)
+
+    prefill(later, out=out)
+
+    assert (out[0] == 7.0).all()
+    assert torch.equal(out[1:], prefill(whole)[1:])
+
+
+def test_attention_gives_the_same_bits_whatever_the_order_of_warps() -> None:
+    require_compiler()
+    decoding = decode_case([1300, 40], group=4, head_dim=64)
+    chunks = prefill_case([(40, 150), (0, 3)], group=2, head_dim=64)
+    results = []
+    for is_reversed in (False, True):
+        with registered(EmulatedLauncher(is_reversed=is_reversed)):
+            results.append((decode(decoding), prefill(chunks)))
+
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
