@@ -1,0 +1,248 @@
+"""GPU kernels against what the device reaches in the same run, and against torch's and FlashInfer's."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import cuda_ops
+from benchmarks.measure import positive
+from cuda_ops.native import use_cuda_kernels
+
+BLOCK_SIZE = 16
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+HIDDEN, INTERMEDIATE = 4096, 14336
+# More than the 60 MB of an H200's second level cache: a step's inputs were evicted since the last one.
+COLD_BYTES = 256 * 2**20
+
+Unit = Literal["GB/s", "TFLOP/s"]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Attributes:
+    work: bytes that must move, or floating point operations.
+    ways: by name; the first is ours.
+    """
+
+    name: str
+    unit: Unit
+    work: float
+    ways: dict[str, Callable[[], object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """A paged cache with every sequence's blocks spread at random."""
+
+    keys: Tensor
+    values: Tensor
+    tables: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def random(cls, num_sequences: int, context_len: int) -> Pages:
+        blocks_each = -(-context_len // BLOCK_SIZE)
+        num_blocks = num_sequences * blocks_each
+        shape = (num_blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+        keys, values = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        tables = torch.randperm(num_blocks, device="cuda").to(torch.int32).view(num_sequences, blocks_each)
+        lengths = torch.full((num_sequences,), context_len, dtype=torch.int32, device="cuda")
+        return cls(keys, values, tables, lengths)
+
+
+def seconds_of(call: Callable[[], object], rounds: int) -> float:
+    """Median time of a call on the device, without the host's part of it: the calls are in one graph."""
+    calls = 5
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    times = []
+    for _ in range(rounds):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3 / calls)
+    return statistics.median(times)
+
+
+def rotated(num_bytes: int) -> int:
+    """How many copies of inputs, used in turn, keep each cold."""
+    return max(1, math.ceil(COLD_BYTES / num_bytes))
+
+
+def measure_limits(rounds: int) -> dict[Unit, float]:
+    """What the device reaches in a plain copy (read and write) and in a large product."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copied = 2 * source.numel() / seconds_of(lambda: target.copy_(source), rounds)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    multiplied = 2 * 8192**3 / seconds_of(lambda: torch.mm(a, b), rounds)
+    return {"GB/s": copied / 1e9, "TFLOP/s": multiplied / 1e12}
+
+
+def decode_case(num_sequences: int, context_len: int) -> Case:
+    pages = Pages.random(num_sequences, context_len)
+    query = torch.randn(num_sequences, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    out, scale = torch.empty_like(query), HEAD_DIM**-0.5
+    gathered = [
+        cache[pages.tables.long()].transpose(1, 2).flatten(2, 3)[:, :, :context_len].contiguous()
+        for cache in (pages.keys, pages.values)
+    ]
+
+    def ours() -> None:
+        cuda_ops.paged_attention_decode(
+            out, query, pages.keys, pages.values, pages.tables, pages.lengths,
+            max_context_len=context_len, scale=scale,
+        )  # fmt: skip
+
+    def contiguous() -> Tensor:
+        return F.scaled_dot_product_attention(query.unsqueeze(2), *gathered, scale=scale, enable_gqa=True)
+
+    ways: dict[str, Callable[[], object]] = {"ours": ours, "SDPA, keys contiguous": contiguous}
+    if importlib.util.find_spec("flashinfer") is not None:
+        ways["FlashInfer"] = flashinfer_decode(pages, query, context_len)
+    work = 4.0 * num_sequences * context_len * KV_HEADS * HEAD_DIM
+    return Case(f"decode, {num_sequences} x {context_len}", "GB/s", work, ways)
+
+
+def flashinfer_decode(pages: Pages, query: Tensor, context_len: int) -> Callable[[], object]:
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    num_sequences, blocks_each = pages.tables.shape
+    workspace = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, kv_layout="HND", use_tensor_cores=True)
+    starts = torch.arange(num_sequences + 1, dtype=torch.int32, device="cuda") * blocks_each
+    last = torch.full((num_sequences,), (context_len - 1) % BLOCK_SIZE + 1, dtype=torch.int32, device="cuda")
+    wrapper.plan(
+        starts, pages.tables.flatten(), last, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE,
+        q_data_type=query.dtype, kv_data_type=query.dtype,
+    )  # fmt: skip
+    return lambda: wrapper.run(query, (pages.keys, pages.values))
+
+
+def prefill_case(num_new: int, num_old: int) -> Case:
+    context_len = num_old + num_new
+    pages = Pages.random(1, context_len)
+    query = torch.randn(num_new, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    out, scale = torch.empty_like(query), HEAD_DIM**-0.5
+    starts = torch.tensor([0, num_new], dtype=torch.int32, device="cuda")
+
+    def ours() -> None:
+        cuda_ops.paged_attention_prefill(
+            out, query, pages.keys, pages.values, starts, pages.lengths, pages.tables, scale=scale
+        )
+
+    ways: dict[str, Callable[[], object]] = {"ours": ours}
+    if num_old == 0:
+        heads = query.transpose(0, 1).unsqueeze(0)
+        keys, values = (
+            cache[pages.tables[0].long()].transpose(0, 1).flatten(1, 2)[None, :, :context_len].contiguous()
+            for cache in (pages.keys, pages.values)
+        )
+        ways["SDPA, keys contiguous"] = lambda: F.scaled_dot_product_attention(
+            heads, keys, values, is_causal=True, scale=scale, enable_gqa=True
+        )
+    pairs = num_new * num_old + num_new * (num_new + 1) / 2
+    return Case(f"prefill, {num_new} after {num_old}", "TFLOP/s", 4.0 * pairs * HEADS * HEAD_DIM, ways)
+
+
+def row_cases(num_tokens: int) -> Iterator[Case]:
+    weight = torch.randn(HIDDEN, device="cuda", dtype=torch.bfloat16)
+    inputs = Turns(
+        [
+            torch.randn(num_tokens, HIDDEN, device="cuda").bfloat16()
+            for _ in range(rotated(2 * num_tokens * HIDDEN))
+        ]
+    )
+    residual = torch.randn(num_tokens, HIDDEN, device="cuda").bfloat16()
+    yield Case(
+        f"add_rms_norm, {num_tokens}", "GB/s", 8.0 * num_tokens * HIDDEN,
+        {
+            "ours": lambda: cuda_ops.add_rms_norm(inputs.next(), residual, weight, 1e-5),
+            "torch add and norm": lambda: F.rms_norm(residual.add_(inputs.next()), (HIDDEN,), weight, 1e-5),
+        },
+    )  # fmt: skip
+    gates = Turns(
+        [
+            torch.randn(num_tokens, 2 * INTERMEDIATE, device="cuda").bfloat16()
+            for _ in range(rotated(4 * num_tokens * INTERMEDIATE))
+        ]
+    )
+    yield Case(
+        f"silu_and_mul, {num_tokens}", "GB/s", 6.0 * num_tokens * INTERMEDIATE,
+        {"ours": lambda: cuda_ops.silu_and_mul(gates.next()), "torch": lambda: plain_gate(gates.next())},
+    )  # fmt: skip
+
+
+class Turns:
+    """The same inputs several times over, taken in turn so that none is in cache."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._tensors = tensors
+        self._taken = 0
+
+    def next(self) -> Tensor:
+        self._taken += 1
+        return self._tensors[self._taken % len(self._tensors)]
+
+
+def plain_gate(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def cases(*, is_short: bool) -> Iterator[Case]:
+    for num_sequences in (8, 64) if is_short else (1, 8, 32, 64, 256):
+        for context_len in (1024, 8192) if is_short else (128, 1024, 4096, 8192):
+            if num_sequences * context_len <= 2**20:
+                yield decode_case(num_sequences, context_len)
+    for num_new, num_old in ((2048, 0), (2048, 6144), (8192, 0)):
+        yield prefill_case(num_new, num_old)
+    for num_tokens in (64, 8192):
+        yield from row_cases(num_tokens)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--rounds", type=positive, default=20, help="timings of each, of which the median counts"
+    )
+    parser.add_argument("--short", action="store_true", help="fewer shapes of decode")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(1, f"torch {torch.__version__} sees no CUDA device: nothing to measure\n")
+    in_use = use_cuda_kernels("native")
+    torch.manual_seed(0)
+    limits = measure_limits(options.rounds)
+    device = f"{torch.cuda.get_device_name()}, {in_use.level}, torch {torch.__version__}"
+    print(f"{device}, bfloat16; medians of {options.rounds}")
+    print(f"copy {limits['GB/s']:.0f} GB/s, product of 8192 squared {limits['TFLOP/s']:.0f} TFLOP/s\n")
+    print("| kernel | way | µs | rate | of the limit |\n|---|---|---|---|---|")
+    for case in cases(is_short=options.short):
+        for way, call in case.ways.items():
+            seconds = seconds_of(call, options.rounds)
+            rate = case.work / seconds / (1e9 if case.unit == "GB/s" else 1e12)
+            share = rate / limits[case.unit]
+            print(
+                f"| {case.name} | {way} | {seconds * 1e6:.1f} | {rate:.0f} {case.unit} | {share:.0%} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
