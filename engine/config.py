@@ -44,6 +44,8 @@ class EngineConfig:
             native kernels on the CPU, and time.
         decode_graphs: Steps in which every sequence runs one token are replayed from CUDA graphs that were
             captured at start. On the CPU `on` runs the same static buffers without a graph, for tests.
+        async_steps: Each step is scheduled and launched before the tokens of the one before are read, where
+            the requests in it allow that (`SamplingParams.can_run_ahead`); never with speculation.
         kernels: What the ops on the CPU run, for the whole process: `auto` takes native kernels where they
             are built, `native` insists on them, `reference` is plain torch.
     """
@@ -62,6 +64,7 @@ class EngineConfig:
     num_speculative_tokens: int = 0
     num_threads: int | None = None
     decode_graphs: Switch = "auto"
+    async_steps: Switch = "auto"
     kernels: Kernels = "auto"
     is_batch_invariant: bool = False
 
@@ -74,7 +77,8 @@ class EngineConfig:
         if self.dtype == "int8" and self.is_on_gpu:
             raise ConfigError("dtype", self.dtype, f"needs the device cpu, not {self.device}")
         _check_choice("kernels", self.kernels, get_args(Kernels))
-        _check_choice("decode_graphs", self.decode_graphs, get_args(Switch))
+        for field in ("decode_graphs", "async_steps"):
+            _check_choice(field, getattr(self, field), get_args(Switch))
         for field in ("block_size", "max_num_sequences", "max_num_batched_tokens"):
             _check_positive(field, getattr(self, field))
         for field in ("num_blocks", "kv_cache_bytes", "max_model_len", "num_threads"):

@@ -20,7 +20,7 @@ from engine.beam_progress import BeamProgress
 from engine.block_manager import BlockManager
 from engine.checkpoint import WeightLayout
 from engine.config import EngineConfig
-from engine.decoding import Decoding, Turn
+from engine.decoding import Decoding, TokensAhead, Turn
 from engine.device import choose_device, memory_for
 from engine.errors import ConfigError, EngineError, InvalidRequestError, InvariantError, StepError
 from engine.model_config import ModelConfig
@@ -40,7 +40,7 @@ from engine.sampled_progress import SampledProgress
 from engine.sampler import rank, score
 from engine.sampling import SamplingParams
 from engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
-from engine.sequence import Request
+from engine.sequence import Request, RequestStatus
 from engine.sequence import Sequence as TokenSequence
 from engine.stats import StepObserver, StepStats
 from engine.structured import GrammarCompiler
@@ -101,6 +101,9 @@ class Engine:
         )
         self._progress: dict[str, RequestProgress] = {}
         self._finished: list[RequestOutput] = []
+        self._ahead: TokensAhead | None = None
+        # What is proposed to run ahead of its turn depends on the tokens, so those must be known.
+        self._runs_ahead = config.is_on(config.async_steps) and not config.num_speculative_tokens
         self._is_broken = False
 
     @classmethod
@@ -170,6 +173,8 @@ class Engine:
         progress = self._progress.get(request_id)
         if progress is None:
             return False
+        for sequence in progress.request.sequences:
+            sequence.drop_pending()
         try:
             progress.abort()
         except Exception as error:  # whatever a tokenizer may raise
@@ -240,29 +245,50 @@ class Engine:
             self._progress[request_id].phases.took_part(len(batch.entries))
 
     def _run(self, batch: ScheduledBatch) -> Turn:
-        """Compute the batch, then give each sequence that is due its next tokens."""
-        if not batch.entries:
+        """Compute the batch, then give each sequence that is due its next tokens.
+
+        Tokens chosen ahead are read one step later, when the device has this step's work.
+        """
+        ahead, self._ahead = self._ahead, None
+        if not batch.entries and ahead is None:
             if self._scheduler.has_work():
                 raise InvariantError("there is work and nothing was scheduled")
             return Turn()
-        hidden = self._runner.run(batch)
+        hidden = self._launch(batch, ahead)
+        turn = Turn() if ahead is None else self._decoding.take_ahead(ahead)
         self._scheduler.commit(batch)
-        self._collect_prompt_logprobs(batch, hidden)
-        due = [entry for entry in batch.entries if entry.samples]
-        if not due:
-            return Turn()
-        logits = self._runner.logits(hidden, _rows_due(batch))
-        progress = {entry.request.request_id: self._progress[entry.request.request_id] for entry in due}
-        turn = self._decoding.advance(due, progress, logits)
+        if hidden is not None:
+            self._collect_prompt_logprobs(batch, hidden)
+            turn.add(self._advance(batch, hidden))
         for ended in turn.ended:
             self._settle(ended, self._clock())
         return turn
+
+    def _launch(self, batch: ScheduledBatch, ahead: TokensAhead | None) -> Tensor | None:
+        """Give the device the step, and the choice of its tokens where nothing must be known for that."""
+        if not batch.entries:
+            return None
+        hidden = self._runner.run(batch, None if ahead is None else ahead.feed(batch))
+        due = [entry for entry in batch.entries if entry.samples]
+        if due and self._runs_ahead and all(entry.request.params.can_run_ahead for entry in due):
+            logits = self._runner.logits(hidden, _rows_due(batch))
+            self._ahead = self._decoding.choose_ahead(due, self._progress, logits)
+        return hidden
+
+    def _advance(self, batch: ScheduledBatch, hidden: Tensor) -> Turn:
+        if self._ahead is not None:
+            self._ahead.mark_pending()
+            return Turn()
+        due = [entry for entry in batch.entries if entry.samples and _is_alive(entry)]
+        if not due:
+            return Turn()
+        return self._decoding.advance(due, self._progress, self._runner.logits(hidden, _rows_due(batch)))
 
     def _collect_prompt_logprobs(self, batch: ScheduledBatch, hidden: Tensor) -> None:
         first_row = 0
         for entry in batch.entries:
             progress = self._progress[entry.request.request_id]
-            if progress.wants_prompt_logprobs:
+            if progress.wants_prompt_logprobs and _is_alive(entry):
                 self._score_prompt(progress, entry, first_row, hidden)
             first_row += entry.num_tokens
 
@@ -308,11 +334,21 @@ class Engine:
         )
 
 
+def _is_alive(entry: ScheduledSequence) -> bool:
+    """Whether its request has not ended since it was scheduled."""
+    return entry.request.status is not RequestStatus.FINISHED
+
+
 def _rows_due(batch: ScheduledBatch) -> list[int]:
     """For each sequence that gets tokens: the rows of its last token and of those proposed to follow it."""
     ends = accumulate(entry.num_tokens for entry in batch.entries)
     pairs = zip(ends, batch.entries, strict=True)
-    return [row for end, entry in pairs if entry.samples for row in range(end - 1 - len(entry.proposal), end)]
+    return [
+        row
+        for end, entry in pairs
+        if entry.samples and _is_alive(entry)
+        for row in range(end - 1 - len(entry.proposal), end)
+    ]
 
 
 def _max_model_len(model: ModelConfig, config: EngineConfig) -> int:

@@ -4,6 +4,9 @@
     a proposal of k tokens     k + 1 rows and, while the proposal holds, as many tokens
     beams                   all rows of a request together
 
+Where nothing but the token itself is wanted it may be chosen on the device and read one step later
+(`TokensAhead`), so that the device has the next step's work by then.
+
 What a sequence has taken is its progress's affair, whose blocks are free thereby the scheduler's. A request
 whose own tokens cannot be had or taken fails alone: it leaves with its reason, and the others go on.
 """
@@ -15,15 +18,18 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from itertools import accumulate
 
+import numpy as np
 from torch import Tensor
 
+from engine.batch import Feed
 from engine.beam_progress import BeamProgress
 from engine.outputs import RequestFailure, TokenDelta
 from engine.progress import RequestProgress
 from engine.sampled_progress import SampledProgress
-from engine.sampler import SampledToken, SamplerRow, most_probable, sample
-from engine.scheduler import ScheduledSequence, Scheduler
+from engine.sampler import ChosenTokens, SampledToken, SamplerRow, choose, most_probable, sample
+from engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
 from engine.sequence import RequestStatus, Sequence
 
 _NO_NUMBERS = RequestFailure(
@@ -45,6 +51,12 @@ class Turn:
     num_proposed_tokens: int = 0
     num_accepted_tokens: int = 0
 
+    def add(self, later: Turn) -> None:
+        self.deltas += later.deltas
+        self.ended += later.ended
+        self.num_proposed_tokens += later.num_proposed_tokens
+        self.num_accepted_tokens += later.num_accepted_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class _Due:
@@ -58,6 +70,34 @@ class _Due:
     sequence: Sequence
     entry: ScheduledSequence
     rows: list[SamplerRow]
+
+
+@dataclass(frozen=True, slots=True)
+class TokensAhead:
+    """One step's tokens, chosen on the device and not read yet, in the order of `due`."""
+
+    due: list[_Due]
+    chosen: ChosenTokens
+
+    def feed(self, batch: ScheduledBatch) -> Feed | None:
+        """Which of the next step's tokens these are."""
+        places = {id(one.sequence): place for place, one in enumerate(self.due)}
+        ends = accumulate(entry.num_tokens for entry in batch.entries)
+        fed = [
+            (end - 1, places[id(entry.sequence)])
+            for end, entry in zip(ends, batch.entries, strict=True)
+            if entry.sequence.has_pending_token
+        ]
+        if not fed:
+            return None
+        rows, sources = np.array(fed, dtype=np.int64).T
+        return Feed(self.chosen.ids, rows.copy(), sources.copy())
+
+    def mark_pending(self) -> None:
+        """Let what has not ended meanwhile be scheduled as if it had its token."""
+        for one in self.due:
+            if one.progress.request.status is not RequestStatus.FINISHED:
+                one.sequence.append_pending()
 
 
 class Decoding:
@@ -96,6 +136,27 @@ class Decoding:
         self._advance_sampled(sampled, logits, turn)
         return turn
 
+    def choose_ahead(
+        self, due: SequenceOf[ScheduledSequence], progress: Mapping[str, RequestProgress], logits: Tensor
+    ) -> TokensAhead:
+        """Choose as `advance` does and wait for nothing; of requests that all can run ahead."""
+        chosen_for = []
+        for row, entry in enumerate(due):
+            own = progress[entry.request.request_id]
+            assert isinstance(own, SampledProgress)
+            chosen_for.append(_due(own, entry.sequence, entry, range(row, row + 1)))
+        return TokensAhead(chosen_for, choose(logits, [row for one in chosen_for for row in one.rows]))
+
+    def take_ahead(self, ahead: TokensAhead) -> Turn:
+        """Read what was chosen, which waits for the device; what has ended since is dropped."""
+        turn = Turn()
+        token_ids, are_sound = ahead.chosen.read()
+        now = self._clock()
+        for one, token_id, is_sound in zip(ahead.due, token_ids, are_sound, strict=True):
+            one.sequence.drop_pending()
+            self._take(one, [SampledToken(token_id, None, is_sound)], now, turn)
+        return turn
+
     def _sequences_due(
         self, progress: SampledProgress, entry: ScheduledSequence, rows: range, turn: Turn
     ) -> list[_Due]:
@@ -121,7 +182,8 @@ class Decoding:
 
     def _take(self, due: _Due, tokens: list[SampledToken], now: float, turn: Turn) -> None:
         progress, sequence = due.progress, due.sequence
-        if progress.request.status is RequestStatus.FINISHED:  # another of its sequences has failed
+        # Another of its sequences has failed, or it was ended while this token was on its way.
+        if progress.request.status is RequestStatus.FINISHED:
             return
         if not all(token.is_sound for token in tokens):
             self._fail(progress, _NO_NUMBERS, turn)

@@ -12,7 +12,7 @@ and on nothing else in the batch.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import cuda_ops
+from engine.batch import to_device
 from engine.sampling import MAX_TOP_LOGPROBS, SamplingParams, uniform_draw
 from engine.sequence import Sequence, TokenLogprob
 
@@ -69,19 +70,50 @@ class SampledToken:
     is_sound: bool = True
 
 
+class ChosenTokens:
+    """Tokens chosen on the device, on their way to the host.
+
+    Attributes:
+        ids: `[num_rows]` int64 on the device.
+    """
+
+    def __init__(self, ids: Tensor, are_sound: Tensor) -> None:
+        self.ids = ids
+        facts = torch.stack((ids, are_sound.to(ids.dtype)))
+        is_on_gpu = ids.device.type == "cuda"
+        self._on_host = torch.empty(facts.shape, dtype=facts.dtype, pin_memory=is_on_gpu)
+        self._on_host.copy_(facts, non_blocking=True)
+        # torch has no types for its events.
+        self._arrived = torch.cuda.Event() if is_on_gpu else None  # type: ignore[no-untyped-call]
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> tuple[list[int], list[bool]]:
+        """The tokens, and whether each one's logits were numbers. Waits for the device to come so far."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        token_ids, are_sound = self._on_host.tolist()
+        return token_ids, [bool(is_sound) for is_sound in are_sound]
+
+
 @torch.inference_mode()
-def sample(logits: Tensor, rows: SequenceOf[SamplerRow]) -> list[SampledToken]:
+def choose(logits: Tensor, rows: SequenceOf[SamplerRow]) -> ChosenTokens:
     """Choose a token for each row. `logits`: `[num_rows, vocab_size]` float32, left as they are.
 
-    Waits for the device: the next step's input, and whether there is one, depend on the tokens.
+    Waits for no GPU.
     """
+    own = _select(logits, [row.row for row in rows])
+    token_ids = _choose(_apply_changes(own, rows), rows)
+    return ChosenTokens(token_ids, _are_sound(own, rows, token_ids))
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, rows: SequenceOf[SamplerRow]) -> list[SampledToken]:
+    """Choose a token for each row, as `choose`, and read it, with the log-probabilities that are wanted."""
     if not rows:
         return []
-    own = _select(logits, [row.row for row in rows])
-    changed = _apply_changes(own, rows)
-    token_ids = _choose(changed, rows)
-    entries = _score_rows(own, rows, token_ids)
-    are_sound = _are_sound(own, rows, token_ids)
+    token_ids, are_sound = choose(logits, rows).read()
+    entries = _score_rows(_select(logits, [row.row for row in rows]), rows, token_ids)
     return [
         SampledToken(token_id, entries.get(index), is_sound)
         for index, (token_id, is_sound) in enumerate(zip(token_ids, are_sound, strict=True))
@@ -129,38 +161,37 @@ def most_probable(
 def _select(logits: Tensor, rows: list[int]) -> Tensor:
     if rows == list(range(logits.shape[0])):
         return logits
-    return logits[torch.tensor(rows, device=logits.device)]
+    return logits[_indices(rows, logits)]
 
 
-def _choose(logits: Tensor, rows: SequenceOf[SamplerRow]) -> list[int]:
+def _indices(values: SequenceOf[int], like: Tensor) -> Tensor:
+    return to_device(np.array(values, dtype=np.int64), like.device)
+
+
+def _choose(logits: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
+    """`[num_rows]` int64."""
     drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     if not drawn:
-        return _argmax(logits)
-    chosen = _argmax(logits) if len(drawn) < len(rows) else [0] * len(rows)
+        return logits.argmax(dim=-1)
+    has_greedy = len(drawn) < len(rows)
+    chosen = logits.argmax(dim=-1) if has_greedy else _indices([0] * len(rows), logits)
     truncated = [index for index in drawn if _truncates(rows[index].params)]
     untruncated = [index for index in drawn if not _truncates(rows[index].params)]
     for group, draw_from in ((untruncated, _invert), (truncated, _draw_from_nucleus)):
         if group:
             group_rows = [rows[index] for index in group]
-            tokens = draw_from(_probabilities(_select(logits, group), group_rows), group_rows)
-            for index, token_id in zip(group, tokens, strict=True):
-                chosen[index] = token_id
+            probabilities = _probabilities(_select(logits, group), group_rows)
+            chosen[_indices(group, logits)] = draw_from(probabilities, group_rows)
     return chosen
 
 
-def _are_sound(logits: Tensor, rows: SequenceOf[SamplerRow], token_ids: SequenceOf[int]) -> list[bool]:
-    """Of a greedy row the chosen token tells, for argmax finds a NaN first, then an infinity."""
-    extremes = logits.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0]
+def _are_sound(logits: Tensor, rows: SequenceOf[SamplerRow], token_ids: Tensor) -> Tensor:
+    """`[num_rows]` bool. Of a greedy row the chosen token tells: argmax finds a NaN first, then infinity."""
+    extremes = logits.gather(1, token_ids[:, None])[:, 0]
     drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     if drawn:
-        extremes[drawn] = _select(logits, drawn).amax(dim=-1)
-    are_sound: list[bool] = extremes.isfinite().tolist()
-    return are_sound
-
-
-def _argmax(logits: Tensor) -> list[int]:
-    token_ids: list[int] = logits.argmax(dim=-1).tolist()
-    return token_ids
+        extremes[_indices(drawn, logits)] = _select(logits, drawn).amax(dim=-1)
+    return extremes.isfinite()
 
 
 def _truncates(params: SamplingParams) -> bool:
@@ -172,9 +203,11 @@ def _probabilities(logits: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
     return cuda_ops.softmax_at(logits, temperatures.flatten())
 
 
-def _draw_from_nucleus(probabilities: Tensor, rows: SequenceOf[SamplerRow]) -> list[int]:
+def _draw_from_nucleus(probabilities: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
     """Draw from the head of each row, the first that is long enough: a row's own affair, not the batch's."""
-    chosen = [0] * len(rows)
+    if probabilities.device.type == "cuda":
+        return _draw_without_looking(probabilities, rows)
+    chosen = torch.zeros(len(rows), dtype=torch.int64)
     left = list(range(len(rows)))
     vocab_size = probabilities.shape[-1]
     for size in (*(size for size in _NUCLEUS_SIZES if size < vocab_size), vocab_size):
@@ -183,11 +216,26 @@ def _draw_from_nucleus(probabilities: Tensor, rows: SequenceOf[SamplerRow]) -> l
         if held:
             held_rows = [rows[left[place]] for place in held]
             drawn = _draw_from_head(_select(head, held), _select(ids, held), held_rows)
-            for place, token_id in zip(held, drawn, strict=True):
-                chosen[left[place]] = token_id
+            chosen[[left[place] for place in held]] = drawn
         left = [index for place, index in enumerate(left) if place not in held]
         if not left:
             break
+    return chosen
+
+
+def _draw_without_looking(probabilities: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
+    """The same where looking at a head would be waiting for the device: whole rows, unless top_k bounds."""
+    chosen = torch.zeros(len(rows), dtype=torch.int64, device=probabilities.device)
+    vocab_size = probabilities.shape[-1]
+    groups: dict[int, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        top_k = row.params.top_k
+        sizes = (size for size in _NUCLEUS_SIZES if 0 < top_k <= size < vocab_size)
+        groups[next(sizes, vocab_size)].append(index)
+    for size, group in groups.items():
+        head, ids = _most_probable(_select(probabilities, group), size)
+        drawn = _draw_from_head(head, ids, [rows[index] for index in group])
+        chosen[_indices(group, probabilities)] = drawn
     return chosen
 
 
@@ -198,12 +246,10 @@ def _most_probable(probabilities: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return torch.sort(probabilities, dim=-1, descending=True, stable=True)
 
 
-def _draw_from_head(head: Tensor, ids: Tensor, rows: SequenceOf[SamplerRow]) -> list[int]:
+def _draw_from_head(head: Tensor, ids: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
     """Keep what min_p, then top_k, then top_p leave, and draw from that."""
     kept = head * _is_kept(head, rows)
-    places = torch.tensor(_invert(kept, rows), device=head.device)
-    token_ids: list[int] = ids.gather(1, places[:, None]).flatten().tolist()
-    return token_ids
+    return ids.gather(1, _invert(kept, rows)[:, None]).flatten()
 
 
 def _rows_that_hold(head: Tensor, vocab_size: int, rows: SequenceOf[SamplerRow]) -> list[int]:
@@ -249,7 +295,7 @@ def _is_kept(values: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
     return kept
 
 
-def _invert(weights: Tensor, rows: SequenceOf[SamplerRow]) -> list[int]:
+def _invert(weights: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
     """Per row the first place where the cumulative weight exceeds the row's uniform share of the total."""
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1:]
@@ -258,8 +304,7 @@ def _invert(weights: Tensor, rows: SequenceOf[SamplerRow]) -> list[int]:
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
     # Among NaNs nothing is found, not even the end.
     found = torch.searchsorted(cumulative, target, right=True).clamp_(max=weights.shape[-1] - 1)
-    places: list[int] = found.flatten().tolist()
-    return places
+    return found.flatten()
 
 
 def _apply_changes(logits: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
@@ -279,7 +324,7 @@ def _apply_changes(logits: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
 def _forbid_in(logits: Tensor, forbidden: frozenset[int]) -> None:
     """In place, on one row; not where nothing would be left to choose."""
     if forbidden and len(forbidden) < logits.shape[-1]:
-        logits[torch.tensor(sorted(forbidden), device=logits.device)] = -torch.inf
+        logits[_indices(sorted(forbidden), logits)] = -torch.inf
 
 
 def _apply_penalties(logits: Tensor, row: SamplerRow) -> None:
@@ -290,8 +335,8 @@ def _apply_penalties(logits: Tensor, row: SamplerRow) -> None:
     """
     params = row.params
     if params.logit_bias:
-        ids = torch.tensor(list(params.logit_bias), device=logits.device)
-        logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+        biases = np.array(list(params.logit_bias.values()), dtype=np.float32)
+        logits[_indices(list(params.logit_bias), logits)] += to_device(biases, logits.device)
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted({*row.sequence.token_ids, *row.ahead}), device=logits.device)
         values = logits[seen]
@@ -326,4 +371,4 @@ def _score_rows(
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+    return to_device(np.array(values, dtype=np.float32), like.device)[:, None]

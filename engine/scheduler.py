@@ -127,7 +127,7 @@ class Scheduler:
         budget = self._max_num_batched_tokens - len(batch.entries)
         decoding = {id(entry.request) for entry in batch.entries}
         for request in self._running:
-            if id(request) not in decoding:
+            if id(request) not in decoding and not request.awaits_its_end:
                 budget -= self._schedule_prefill(request, batch, budget)
         if not batch.preempted:
             self._admit(batch, budget)
@@ -137,8 +137,13 @@ class Scheduler:
         return batch
 
     def commit(self, batch: ScheduledBatch) -> None:
-        """Record that the step has run and its keys and values are in the cache."""
+        """Record that the step has run, or will before any other: its keys and values are in the cache.
+
+        Of requests that have ended since it was scheduled nothing is left to record.
+        """
         for entry in batch.entries:
+            if entry.request.status is RequestStatus.FINISHED:
+                continue
             entry.sequence.num_computed_tokens = entry.start + entry.num_tokens - len(entry.proposal)
             self._publish(entry.sequence)
 
@@ -207,6 +212,8 @@ class Scheduler:
         for request in list(self._running):
             # An older request may have preempted this one meanwhile.
             if request.status is not RequestStatus.RUNNING or not request.is_decoding:
+                continue
+            if request.awaits_its_end:
                 continue
             if self._reserve_decode(request, batch):
                 batch.entries += [

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Final
 
 from engine.prefix_cache import ROOT
 from engine.sampling import SamplingParams
 from engine.speculation import PromptLookup
+
+# Any id that every model has: what is run in its place comes from the device.
+_PENDING_TOKEN: Final = 0
 
 
 class RequestStatus(Enum):
@@ -39,6 +43,7 @@ class Sequence:
         prefix_entry: What it calls the last of them.
         cumulative_logprob: Of the output tokens, where log-probabilities are computed.
         logprobs: One entry per output token, where the client asked for them.
+        has_pending_token: The last of `token_ids` stands for one that is chosen and not read yet.
         lookup: Proposes what comes next; `None` until it is first asked.
     """
 
@@ -51,6 +56,7 @@ class Sequence:
     prefix_entry: int = ROOT
     cumulative_logprob: float = 0.0
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    has_pending_token: bool = False
     lookup: PromptLookup | None = None
 
     @property
@@ -67,6 +73,17 @@ class Sequence:
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
+
+    def append_pending(self) -> None:
+        """Count a token that the device knows and the host does not."""
+        self.token_ids.append(_PENDING_TOKEN)
+        self.has_pending_token = True
+
+    def drop_pending(self) -> None:
+        """Take that back, because it is known now or will never be."""
+        if self.has_pending_token:
+            self.token_ids.pop()
+            self.has_pending_token = False
 
 
 @dataclass(slots=True, eq=False)
@@ -97,6 +114,12 @@ class Request:
     def order(self) -> tuple[int, int]:
         """Smaller is served first and preempted last."""
         return self.priority, self.arrival_number
+
+    @property
+    def awaits_its_end(self) -> bool:
+        """Whether the token that is pending is the last it may have, so that there is nothing to run."""
+        sequence = self.sequences[0]
+        return sequence.has_pending_token and sequence.num_output_tokens >= self.params.max_tokens
 
     @property
     def num_seats(self) -> int:

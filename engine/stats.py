@@ -117,11 +117,11 @@ class PhaseRecorder:
         self._enter("wait", at)
 
     def got_token(self, at: float) -> None:
-        if self._phase == "decode":
-            return
         if self._first_token_at is None:
             self._first_token_at = at
-        self._enter("decode", at)
+        # A token may come to light when its request has just been preempted, and waits.
+        if self._phase == "prefill":
+            self._enter("decode", at)
 
     def speculated(self, num_tokens: int, num_accepted: int) -> None:
         self._num_proposed += num_tokens

@@ -73,6 +73,7 @@ def engine_runtime(
         kv_cache_bytes=settings.kv_cache_bytes,
         gpu_memory_share=settings.gpu_memory_share,
         decode_graphs=settings.decode_graphs,
+        async_steps=settings.async_steps,
         keeps_prefixes=settings.prefix_cache,
         num_speculative_tokens=settings.speculative_tokens,
         num_threads=settings.engine_threads,

@@ -39,6 +39,8 @@ class WorkerSettings(BaseSettings):
     """Of a GPU's memory, for weights, cache and the largest step together."""
     decode_graphs: Literal["auto", "on", "off"] = "auto"
     """Replay decode steps from CUDA graphs; `auto` is on a GPU."""
+    async_steps: Literal["auto", "on", "off"] = "auto"
+    """Schedule a step before the tokens of the one before are read; `auto` is on a GPU."""
     prefix_cache: bool = True
     """Keep computed blocks for prompts that begin alike, until their room is needed."""
     speculative_tokens: int = Field(default=0, ge=0, le=64)
