@@ -6,6 +6,9 @@ Two engine processes of one configuration take turns at the same requests. "Alon
 over at once, and whoever handed them over only listens. "Beside": as many jobs lie in the queue of a real
 stack, whose worker claims, feeds, settles and draws spans while the engine computes. What counts is the
 engine's CPU a token, its pipe included, and the length of a step; each of the two needs a core of its own.
+
+A third way tells the machine's own share: the engine of "alone" while a process on another core only
+counts. What a busy neighbour costs whatever it does (clock, shared caches, the host's other guests) is in it.
 """
 
 from __future__ import annotations
@@ -16,13 +19,15 @@ import os
 import re
 import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import httpx
@@ -99,16 +104,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=positive, default=5)
     arguments = parser.parse_args()
     with alone() as first, beside() as second:
-        for way in (first, second):
+        ways = (first, beside_a_count(first), second)
+        for way in ways:
             way.serve(NUM_WARM_UP, arguments.tokens)
         rounds = [
-            (
-                first.measure(arguments.jobs, arguments.tokens),
-                second.measure(arguments.jobs, arguments.tokens),
-            )
-            for _ in range(arguments.rounds)
+            [way.measure(arguments.jobs, arguments.tokens) for way in ways] for _ in range(arguments.rounds)
         ]
-    report(rounds)
+    report(ways, rounds)
 
 
 @contextmanager
@@ -132,6 +134,20 @@ def alone() -> Iterator[Way]:
         yield Way("alone", _engine_of(os.getpid()), lambda: total, serve)
     finally:
         runtime.stop()
+
+
+def beside_a_count(way: Way) -> Way:
+    """The same engine, while another process counts."""
+
+    def serve(num_jobs: int, num_tokens: int) -> None:
+        counting = subprocess.Popen([sys.executable, "-c", "for _ in iter(int, 1): pass"])
+        try:
+            way.serve(num_jobs, num_tokens)
+        finally:
+            counting.kill()
+            counting.wait()
+
+    return replace(way, name="beside a count", serve=serve)
 
 
 @contextmanager
@@ -204,14 +220,21 @@ def _engine_of(pid: int) -> int:
     return next(int(child) for child in children if ENGINE in command_line(int(child)))
 
 
-def report(rounds: list[tuple[Round, Round]]) -> None:
-    table = Table("what", "alone", "beside the worker", "ratio", "rounds' ratios")
+def report(ways: tuple[Way, ...], rounds: list[list[Round]]) -> None:
+    """Ratios are of one round's values."""
+    table = Table("what", "way", "median", "to alone", "to beside a count", "rounds, to alone")
     for figure in fields(Round):
-        pairs = [(getattr(first, figure.name), getattr(second, figure.name)) for first, second in rounds]
-        ratios = [second / first for first, second in pairs]
-        medians = [f"{statistics.median(column):.4g}" for column in zip(*pairs, strict=True)]
-        every = ", ".join(f"{ratio:.3f}" for ratio in ratios)
-        table.add_row(figure.metadata["name"], *medians, f"{statistics.median(ratios):.3f}", every)
+        values = [[getattr(found, figure.name) for found in row] for row in rounds]
+        for place, way in enumerate(ways):
+            ratios, apart = [row[place] / row[0] for row in values], [row[place] / row[1] for row in values]
+            table.add_row(
+                figure.metadata["name"],
+                way.name,
+                f"{statistics.median(row[place] for row in values):.4g}",
+                f"{statistics.median(ratios):.3f}",
+                f"{statistics.median(apart):.3f}",
+                ", ".join(f"{ratio:.3f}" for ratio in ratios),
+            )
     Console(width=130).print(
         table, f"load {os.getloadavg()[0]:.1f}, kernels {use_kernels('auto').level or 'plain'}"
     )

@@ -1,106 +1,101 @@
-"""Scripts that several threads want at once, in one round trip.
+"""Scripts that many attempts call at once, in one round trip.
 
-    thread 1 ──▶ sends ─────────────▶ ◀─ reply
-    thread 2 ──▶ waits ─┐
-    thread 3 ──▶ waits ─┴─ 2 sends for both ─▶ ◀─ replies ─▶ 3
+    attempt 1 ──▶ sends ─────────────▶ ◀─ reply
+    attempt 2 ──▶ waits ─┐
+    attempt 3 ──▶ waits ─┴─ 2 and 3 in one ─▶ ◀─ replies
 
-Who comes while nothing is under way sends at once; whoever comes meanwhile waits, and the first of them
-sends for all. There is no thread and no pause for it: a call that comes alone is not delayed.
+The calls come from one event loop. Those of one turn of it leave together; whoever comes while a round trip
+is under way shares the next. A thread makes the round trips: a slow server holds up nobody but its callers.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import redis
 from redis.exceptions import NoScriptError
 
 from jobs import scripts
-from jobs.errors import StoreUnavailable
 from jobs.redis_connection import STORE_ERRORS, as_unavailable
 
 MAX_TOGETHER = 64
-"""Calls of one round trip; their replies are parsed by one thread while the others wait."""
+"""Calls of one round trip; the first of them waits until the last is answered."""
 
-GatheredScript = Callable[[Sequence[str], Sequence[Any]], Any]
+GatheredScript = Callable[[Sequence[str], Sequence[Any]], Awaitable[Any]]
 """Called with the script's keys and arguments; answers its reply, or raises StoreUnavailable."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Call:
-    """`gate` is held until the call is answered, or is the one to send."""
-
     source: str
     digest: str
     keys: Sequence[str]
     args: Sequence[Any]
-    gate: threading.Lock = field(default_factory=threading.Lock)
-    is_answered: bool = False
-    reply: Any = None
-    """A failure where it is an exception."""
+    reply: asyncio.Future[Any]
+    loop: asyncio.AbstractEventLoop
 
     def answer(self, reply: Any) -> None:
-        self.reply, self.is_answered = reply, True
+        if self.reply.done():  # its attempt was ended meanwhile
+            return
+        if isinstance(reply, STORE_ERRORS):
+            error = as_unavailable(reply)
+            error.__cause__ = reply
+            self.reply.set_exception(error)
+        elif isinstance(reply, Exception):
+            self.reply.set_exception(reply)
+        else:
+            self.reply.set_result(reply)
 
 
 class GatheredScripts:
-    """Safe from any thread, which is what it is for."""
+    """To be called in one event loop."""
 
     def __init__(self, client: redis.Redis) -> None:
         """`client` decodes its replies."""
         self._client = client
-        self._lock = threading.Lock()
-        self._waiting: list[_Call] = []
+        self._sender = ThreadPoolExecutor(1, "store-sender")
+        self._waiting: deque[_Call] = deque()
         self._is_under_way = False
 
     def script(self, name: str) -> GatheredScript:
-        """The script `jobs/lua/{name}.lua`, to be called from any thread.
+        """The script `jobs/lua/{name}.lua`.
 
         A script may have run although its call raised: it must bear being repeated.
         """
         source = scripts.source(name)
         digest = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
-        return lambda keys, args: self._run(_Call(source, digest, keys, args))
 
-    def _run(self, call: _Call) -> Any:
-        call.gate.acquire()
-        with self._lock:
+        async def call(keys: Sequence[str], args: Sequence[Any]) -> Any:
+            loop = asyncio.get_running_loop()
+            call = _Call(source, digest, keys, args, loop.create_future(), loop)
             self._waiting.append(call)
-            must_wait, self._is_under_way = self._is_under_way, True
-        if must_wait:
-            call.gate.acquire()
-        if not call.is_answered:
-            self._send_waiting()
-        if isinstance(call.reply, STORE_ERRORS):
-            raise as_unavailable(call.reply) from call.reply
-        if isinstance(call.reply, Exception):
-            raise call.reply
-        return call.reply
+            if not self._is_under_way:
+                self._is_under_way = True
+                loop.call_soon(self._send_waiting)  # with those that others make before it comes to that
+            return await call.reply
+
+        return call
 
     def _send_waiting(self) -> None:
-        """The caller's own call is the first of those that wait."""
-        with self._lock:
-            calls, self._waiting = self._waiting[:MAX_TOGETHER], self._waiting[MAX_TOGETHER:]
-        replies: list[Any] = [StoreUnavailable("the call was not made")] * len(calls)
-        try:
-            replies = self._send(calls)
-        except Exception as error:  # told to each of them
-            replies = [error] * len(calls)
-        finally:
-            self._pass_on()
-            for call, reply in zip(calls, replies, strict=True):
-                call.answer(reply)
-                call.gate.release()
+        calls = [self._waiting.popleft() for _ in range(min(MAX_TOGETHER, len(self._waiting)))]
+        self._is_under_way = bool(calls)
+        if calls:
+            loop = calls[0].loop
+            sent = self._sender.submit(self._send, calls)
+            sent.add_done_callback(lambda sent: loop.call_soon_threadsafe(self._answer, calls, sent))
 
-    def _pass_on(self) -> None:
-        with self._lock:
-            self._is_under_way = bool(self._waiting)
-            if self._waiting:
-                self._waiting[0].gate.release()
+    def _answer(self, calls: list[_Call], sent: Future[list[Any]]) -> None:
+        self._send_waiting()
+        error = sent.exception()
+        replies = sent.result() if error is None else [error] * len(calls)
+        for call, reply in zip(calls, replies, strict=True):
+            call.answer(reply)
 
     def _send(self, calls: list[_Call]) -> list[Any]:
         pipeline = self._client.pipeline(transaction=False)

@@ -154,7 +154,7 @@ class MemoryStore:
 
     # A worker's half
 
-    def claim(
+    async def claim(
         self,
         id: JobId,
         token: LeaseToken,
@@ -241,7 +241,7 @@ class MemoryStore:
         is_cancelling = record["state"] == JobState.CANCELLING
         return RenewOutcome.CANCELLING if is_cancelling else RenewOutcome.RENEWED
 
-    def settle(
+    async def settle(
         self, id: JobId, token: LeaseToken, settlement: Settlement, *, now: float, message_tag: str = ""
     ) -> SettleOutcome:
         with self._lock:
@@ -261,7 +261,7 @@ class MemoryStore:
             is_wish = settlement.state is JobState.CANCELLED or record["state"] != JobState.CANCELLED
             return SettleOutcome.SETTLED if is_wish else SettleOutcome.CANCELLED
 
-    def keep(
+    async def keep(
         self, id: JobId, token: LeaseToken, items: Mapping[int, ItemResult], *, completed: int, failed: int
     ) -> bool:
         with self._lock:
@@ -272,7 +272,7 @@ class MemoryStore:
             record.update(items_completed=str(completed), items_failed=str(failed))
             return True
 
-    def mark_alone(self, id: JobId, token: LeaseToken) -> bool:
+    async def mark_alone(self, id: JobId, token: LeaseToken) -> bool:
         with self._lock:
             record = self._records.get(id, {})
             if record.get("lease_token") != token:
@@ -280,7 +280,7 @@ class MemoryStore:
             record["alone"] = "1"
             return True
 
-    def release(
+    async def release(
         self,
         id: JobId,
         token: LeaseToken,

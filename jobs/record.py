@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 
@@ -165,6 +166,12 @@ def _time(stored: str) -> float | None:
 
 def _lost_attempt(attempt: int, started_at: str) -> LostAttempt | None:
     return LostAttempt(attempt, float(started_at)) if started_at else None
+
+
+@functools.cache
+def worker_lost_failure_json() -> str:
+    """As every claim gives it to its script."""
+    return worker_lost_failure().model_dump_json()
 
 
 def worker_lost_failure() -> Failure:

@@ -22,7 +22,7 @@ from jobs.record import (
     to_claim,
     to_job,
     to_refusal,
-    worker_lost_failure,
+    worker_lost_failure_json,
 )
 from jobs.redis_connection import store_errors
 from jobs.settings import JobsSettings
@@ -132,7 +132,7 @@ class RedisReplyStream:
 
 
 class RedisAttemptStore:
-    """`jobs.store.AttemptStore` over one blocking client, shared by a worker's threads."""
+    """`jobs.store.AttemptStore` over one blocking client, shared by a worker's event loop and its threads."""
 
     def __init__(self, client: redis.Redis, settings: JobsSettings) -> None:
         self._client = client
@@ -146,7 +146,7 @@ class RedisAttemptStore:
         self._alone = gathered.script("alone")
         self._keep = gathered.script("keep")
 
-    def claim(
+    async def claim(
         self,
         id: JobId,
         token: LeaseToken,
@@ -164,11 +164,11 @@ class RedisAttemptStore:
             repr(now),
             repr(now + lease_seconds),
             self._ttl,
-            worker_lost_failure().model_dump_json(),
+            worker_lost_failure_json(),
             traceparent or "",
             FORGIVEN_LIMIT,
         ]
-        outcome, *fields = self._claim([self._keys.job(id)], args)
+        outcome, *fields = await self._claim([self._keys.job(id)], args)
         if outcome != ClaimOutcome.CLAIMED:
             return to_refusal(outcome, *fields)
         *fields, items = fields
@@ -188,29 +188,29 @@ class RedisAttemptStore:
             replies = pipeline.execute()
         return {id: RenewOutcome(reply) for id, reply in zip(held, replies, strict=True)}
 
-    def settle(
+    async def settle(
         self, id: JobId, token: LeaseToken, settlement: Settlement, *, now: float, message_tag: str = ""
     ) -> SettleOutcome:
         fields: list[Any] = [part for pair in settlement_fields(settlement).items() for part in pair]
         head: list[Any] = [self._keys.prefix, id, token, repr(now), settlement.state.value, self._ttl]
-        reply = self._settle([self._keys.job(id)], [*head, message_tag, *fields])
+        reply = await self._settle([self._keys.job(id)], [*head, message_tag, *fields])
         return SettleOutcome(reply)
 
-    def keep(
+    async def keep(
         self, id: JobId, token: LeaseToken, items: Mapping[int, ItemResult], *, completed: int, failed: int
     ) -> bool:
         keys = [self._keys.job(id), self._keys.items(id)]
         fields = list(item_fields(items).items())
         for start in range(0, len(fields), ITEMS_PER_SCRIPT):
             some = [part for pair in fields[start : start + ITEMS_PER_SCRIPT] for part in pair]
-            if not self._keep(keys, [token, completed, failed, *some]):
+            if not await self._keep(keys, [token, completed, failed, *some]):
                 return False
         return True
 
-    def mark_alone(self, id: JobId, token: LeaseToken) -> bool:
-        return bool(self._alone([self._keys.job(id)], [token]))
+    async def mark_alone(self, id: JobId, token: LeaseToken) -> bool:
+        return bool(await self._alone([self._keys.job(id)], [token]))
 
-    def release(
+    async def release(
         self,
         id: JobId,
         token: LeaseToken,
@@ -225,7 +225,7 @@ class RedisAttemptStore:
         last = failure.model_dump_json() if failure else ""
         limit = FORGIVEN_LIMIT if is_forgiven else ""
         at = "" if next_attempt_at is None else repr(next_attempt_at)
-        reply = self._release([self._keys.job(id)], [*args, last, limit, at, message_tag])
+        reply = await self._release([self._keys.job(id)], [*args, last, limit, at, message_tag])
         return SettleOutcome(reply)
 
     def read_cancels(self, worker: WorkerId, after: str, *, block_seconds: float) -> list[tuple[str, JobId]]:

@@ -191,7 +191,7 @@ class Settlement:
 class AttemptStore(Protocol):
     """A worker's half; safe to call from many threads. Raises `StoreUnavailable`."""
 
-    def claim(
+    async def claim(
         self,
         id: JobId,
         token: LeaseToken,
@@ -212,7 +212,7 @@ class AttemptStore(Protocol):
         self, held: dict[JobId, LeaseToken], *, now: float, lease_seconds: float
     ) -> dict[JobId, RenewOutcome]: ...
 
-    def settle(
+    async def settle(
         self, id: JobId, token: LeaseToken, settlement: Settlement, *, now: float, message_tag: str = ""
     ) -> SettleOutcome:
         """Write the final state, tell the watchers and clear the ledger, once.
@@ -224,7 +224,7 @@ class AttemptStore(Protocol):
         """
         ...
 
-    def keep(
+    async def keep(
         self, id: JobId, token: LeaseToken, items: Mapping[int, ItemResult], *, completed: int, failed: int
     ) -> bool:
         """Store ended items of a running job of many prompts, for the next attempt or the job's end.
@@ -234,14 +234,14 @@ class AttemptStore(Protocol):
         """
         ...
 
-    def mark_alone(self, id: JobId, token: LeaseToken) -> bool:
+    async def mark_alone(self, id: JobId, token: LeaseToken) -> bool:
         """Note that the attempt has its engine to itself: should it vanish, nothing else is to blame.
 
         False when the lease is another's.
         """
         ...
 
-    def release(
+    async def release(
         self,
         id: JobId,
         token: LeaseToken,

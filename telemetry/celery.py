@@ -145,7 +145,7 @@ class _Publish:
 
 @dataclass
 class _Delivery:
-    """One run of one message in one pool thread."""
+    """One run of one message in one context: a pool thread's, or a coroutine's."""
 
     span: Span
     activation: AbstractContextManager[Span]

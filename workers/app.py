@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Coroutine
 from typing import Any
 
 from celery import Celery, signals
@@ -19,6 +20,7 @@ from telemetry import log
 from telemetry.celery import creation_context
 from workers.attempts.attempt import Verdict
 from workers.broker.connection import SteadyConnection
+from workers.coroutine_task import CoroutineTask
 from workers.delivery import Delivery
 from workers.errors import EngineStartError
 from workers.pool import EnginePool
@@ -78,10 +80,15 @@ def _configure(app: Celery, settings: WorkerSettings, service: WorkerService) ->
 
 
 def _declare_task(app: Celery, service: WorkerService) -> None:
-    @app.task(name=GENERATE, bind=True, ignore_result=True, acks_late=True, throws=(Reject,))  # type: ignore[untyped-decorator]  # celery's
-    def generate(self: Any, job_id: str) -> None:
-        if service.run(_delivery(JobId(job_id), self.request)) is Verdict.REQUEUE:
+    async def run(delivery: Delivery) -> None:
+        if await service.run(delivery) is Verdict.REQUEUE:
             raise Reject("given back", requeue=True)
+
+    @app.task(
+        name=GENERATE, base=CoroutineTask, bind=True, ignore_result=True, acks_late=True, throws=(Reject,)
+    )  # type: ignore[untyped-decorator]  # celery's
+    def generate(self: Any, job_id: str) -> Coroutine[Any, Any, None]:
+        return run(_delivery(JobId(job_id), self.request))
 
 
 def _delivery(id: JobId, request: Any) -> Delivery:

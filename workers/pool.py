@@ -1,4 +1,12 @@
-"""A Celery pool for tasks that wait on one engine.
+"""A Celery pool for tasks that wait on one engine, in one thread.
+
+    consumer thread ──post──▶ ┌ event loop ────────────────────┐ ◀──post── engine's reader
+                              │ task ▸ task ▸ task ▸ …         │ ══ gathered calls ══▶ store's thread
+                              └────────────────────────────────┘
+
+A waiting task is a coroutine, not a thread: a hundred threads that wake up for an instant each contend for
+the interpreter, which cost more than their work (docs/decisions/0010-attempts-on-one-event-loop.md). Tasks
+whose body is an ordinary function run in threads, as in Celery's own pool.
 
 Celery's threads pool cannot stop a running task: revoke with terminate, time limits and soft shutdown all
 end in NotImplementedError. Here each task gets a handle, given to Celery in place of a process id, and
@@ -7,22 +15,27 @@ whatever the task waits on can be ended early through it.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
-from concurrent.futures import wait as wait_for_futures
 from contextlib import contextmanager, suppress
+from contextvars import Context, ContextVar
+from dataclasses import dataclass
+from functools import partial
 from time import monotonic
 from typing import Any, TypeVar
 
 from billiard.exceptions import SoftTimeLimitExceeded
-from celery.concurrency.base import apply_target
 from celery.concurrency.thread import ApplyResult, TaskPool
+
+from workers.coroutine_task import CoroutineTask, run_traced
+from workers.event_loop import LoopThread
 
 T = TypeVar("T")
 
-_thread = threading.local()
+Post = Callable[[Callable[[], None]], None]
 
 
 class JobStopped(BaseException):
@@ -30,10 +43,12 @@ class JobStopped(BaseException):
 
 
 class TaskHandle:
-    """One running task, as whoever wants to end it sees it. Safe from any thread."""
+    """One running task, as whoever wants to end it sees it. `end` is safe from any thread."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, post: Post | None = None) -> None:
+        """`post` has a callback made in the task's event loop, from any thread; None asks the loop itself."""
         self.number = number
+        self._post = post
         self._lock = threading.Lock()
         self._future: Future[Any] | None = None
         self._ended_by: BaseException | None = None
@@ -48,10 +63,14 @@ class TaskHandle:
         if future is not None:
             _resolve(future, error)
 
-    def wait(
-        self, future: Future[T], *, meanwhile: Callable[[], None] | None = None, every_seconds: float = 1.0
+    async def wait(
+        self,
+        future: Future[T],
+        *,
+        meanwhile: Callable[[], Awaitable[None]] | None = None,
+        every_seconds: float = 1.0,
     ) -> T:
-        """Block on the engine; a terminate, a time limit or a shutdown ends the wait early.
+        """Wait for the engine; a terminate, a time limit or a shutdown ends the wait early.
 
         `meanwhile` is called every so often until then; what it raises ends the wait too.
 
@@ -64,9 +83,23 @@ class TaskHandle:
             early = self._ended_by
         if early is not None:
             _resolve(future, early)
-        while meanwhile is not None and not wait_for_futures([future], every_seconds).done:
-            meanwhile()
+        if not future.done():
+            done = self._told_of(future)
+            while meanwhile is not None and not (await asyncio.wait([done], timeout=every_seconds))[0]:
+                await meanwhile()
+            await done
         return future.result()
+
+    def _told_of(self, future: Future[Any]) -> asyncio.Future[None]:
+        loop = asyncio.get_running_loop()
+        post, done = self._post or loop.call_soon_threadsafe, loop.create_future()
+
+        def tell() -> None:
+            if not done.done():
+                done.set_result(None)
+
+        future.add_done_callback(lambda _: post(tell))
+        return done
 
 
 def _resolve(future: Future[Any], error: BaseException) -> None:
@@ -74,14 +107,32 @@ def _resolve(future: Future[Any], error: BaseException) -> None:
         future.set_exception(error)
 
 
+_handle: ContextVar[TaskHandle | None] = ContextVar("throughline_task_handle", default=None)
+
+
 def current_handle() -> TaskHandle:
-    """The handle of the task that runs in this thread; a loose one outside the pool."""
-    handle: TaskHandle | None = getattr(_thread, "handle", None)
-    return handle if handle is not None else TaskHandle(0)
+    """The handle of the task that runs here; a loose one outside the pool."""
+    return _handle.get() or TaskHandle(0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One task as Celery's request hands it over."""
+
+    handle: TaskHandle
+    task: CoroutineTask
+    id: str
+    request: dict[str, Any]
+    callback: Callable[[Any], None]
+    accept_callback: Callable[[int, float], None]
+    timeout_callback: Callable[[bool, float], None] | None
+    soft_seconds: float | None
+    hard_seconds: float | None
+    ended: Future[None]
 
 
 class EnginePool(TaskPool):  # type: ignore[misc]  # celery is untyped
-    """Threads that wait; as many as jobs may be held at once.
+    """Tasks that wait; as many as jobs may be held at once.
 
     Celery's soft shutdown sleeps its whole timeout inside a signal handler, with the event loop and so all
     acknowledgements standing still. Instead, a warm shutdown (SIGTERM) ends here: what runs may finish for
@@ -95,6 +146,10 @@ class EnginePool(TaskPool):  # type: ignore[misc]  # celery is untyped
         self._handles: dict[int, TaskHandle] = {}
         self._numbers = itertools.count(1)
         self._idle = threading.Condition()
+        self._loop = LoopThread("attempts")
+
+    def on_start(self) -> None:
+        self._loop.start()
 
     def on_apply(
         self,
@@ -108,34 +163,35 @@ class EnginePool(TaskPool):  # type: ignore[misc]  # celery is untyped
         timeout: float | None = None,
         **_: Any,
     ) -> ApplyResult:
-        handle = TaskHandle(next(self._numbers))
+        """`target` is Celery's tracer; `args` begin with the task's name, its id and its request."""
+        task = self.app.tasks[args[0]]
+        if not isinstance(task, CoroutineTask):
+            return super().on_apply(target, args, kwargs, callback, accept_callback)
+        assert callback is not None, "Celery's requests always have both"
+        assert accept_callback is not None
+        handle = TaskHandle(next(self._numbers), self._loop.post)
         self._handles[handle.number] = handle
-
-        def run() -> None:
-            limits = self._limits(handle, timeout_callback, soft_timeout, timeout)
-            with self._running(handle), limits:
-                apply_target(
-                    target,
-                    args,
-                    kwargs,
-                    callback,
-                    accept_callback,
-                    pid=handle.number,
-                    propagate=(JobStopped,),
-                    monotonic=monotonic,
-                )
-
-        return ApplyResult(self.executor.submit(run))
+        run = _Run(
+            handle,
+            task,
+            args[1],
+            args[2],
+            callback,
+            accept_callback,
+            timeout_callback,
+            soft_timeout,
+            timeout,
+            Future(),
+        )
+        self._loop.post(partial(self._begin, run))
+        return ApplyResult(run.ended)
 
     def on_stop(self) -> None:
-        self.executor.shutdown(wait=False, cancel_futures=True)
-        deadline = monotonic() + self.grace_seconds
-        with self._idle:
-            while self._handles and monotonic() < deadline:
-                self._idle.wait(deadline - monotonic())
-            remaining = list(self._handles.values())
-        for handle in remaining:
+        self._wait_idle(monotonic() + self.grace_seconds)
+        for handle in list(self._handles.values()):
             handle.end(JobStopped("the worker shuts down"))
+        self._wait_idle(None)
+        self._loop.stop()
         super().on_stop()
 
     def on_terminate(self) -> None:
@@ -147,45 +203,46 @@ class EnginePool(TaskPool):  # type: ignore[misc]  # celery is untyped
         if handle := self._handles.get(pid):
             handle.end(JobStopped("terminated"))
 
-    @contextmanager
-    def _running(self, handle: TaskHandle) -> Iterator[None]:
-        _thread.handle = handle
+    def _wait_idle(self, deadline: float | None) -> None:
+        with self._idle:
+            while self._handles and (deadline is None or monotonic() < deadline):
+                self._idle.wait(None if deadline is None else deadline - monotonic())
+
+    def _begin(self, run: _Run) -> None:
+        # A context of its own, or the spans of one task would be the parents of the next.
+        self._loop.create_task(self._run(run), Context())
+
+    async def _run(self, run: _Run) -> None:
+        _handle.set(run.handle)
         try:
-            with suppress(JobStopped):
-                yield
+            with suppress(JobStopped), self._limits(run):
+                run.accept_callback(run.handle.number, monotonic())
+                run.callback(await run_traced(run.task, run.id, run.request))
+        except Exception as error:
+            run.ended.set_exception(error)
+        else:
+            run.ended.set_result(None)
         finally:
-            _thread.handle = None
             with self._idle:
-                self._handles.pop(handle.number, None)
+                self._handles.pop(run.handle.number, None)
                 self._idle.notify_all()
 
     @contextmanager
-    def _limits(
-        self,
-        handle: TaskHandle,
-        timeout_callback: Callable[..., Any] | None,
-        soft_seconds: float | None,
-        hard_seconds: float | None,
-    ) -> Iterator[None]:
+    def _limits(self, run: _Run) -> Iterator[None]:
         """Timers for Celery's soft and hard time limits, where any are set."""
 
-        def expire(error: BaseException, *, soft: bool, seconds: float) -> None:
-            if timeout_callback is not None:
-                timeout_callback(soft, seconds)
-            handle.end(error)
+        def expire(error: BaseException, soft: bool, seconds: float) -> None:
+            if run.timeout_callback is not None:
+                run.timeout_callback(soft, seconds)
+            run.handle.end(error)
 
-        limits: list[tuple[float, BaseException, bool]] = []
-        if soft_seconds:
-            limits.append((soft_seconds, SoftTimeLimitExceeded(), True))
-        if hard_seconds:
-            limits.append((hard_seconds, JobStopped("time limit"), False))
-        timers = [
-            threading.Timer(seconds, expire, (error,), {"soft": soft, "seconds": seconds})
-            for seconds, error, soft in limits
-        ]
-        for timer in timers:
-            timer.daemon = True
-            timer.start()
+        loop, timers = asyncio.get_running_loop(), []
+        if run.soft_seconds:
+            soft = (SoftTimeLimitExceeded(), True, run.soft_seconds)
+            timers.append(loop.call_later(run.soft_seconds, expire, *soft))
+        if run.hard_seconds:
+            hard = (JobStopped("time limit"), False, run.hard_seconds)
+            timers.append(loop.call_later(run.hard_seconds, expire, *hard))
         try:
             yield
         finally:

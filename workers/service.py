@@ -161,9 +161,9 @@ class WorkerService:
         collect_seldom()
         self._announce(facts)
 
-    def run(self, delivery: Delivery) -> Verdict:
+    async def run(self, delivery: Delivery) -> Verdict:
         assert self._runner is not None, "start() comes first"
-        return self._runner.run(delivery)
+        return await self._runner.run(delivery)
 
     def stop(self) -> None:
         self._is_stopping.set()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from benchmarks.noop.spans import trace_into_nothing
+from api.app import SERVICE_NAME
+from benchmarks.noop.spans import trace_as_the_product
 from cli.commands.api import command
 
 if __name__ == "__main__":
-    trace_into_nothing()
+    trace_as_the_product(SERVICE_NAME)
     command()

@@ -13,13 +13,13 @@ from typing import Any
 from celery import signals
 from opentelemetry.instrumentation.celery import CeleryInstrumentor
 
-from benchmarks.noop.spans import trace_into_nothing
+from benchmarks.noop.spans import trace_as_the_sdk
 from jobs.queue import create_celery
 from jobs.settings import JobsSettings
 
 QUEUE = "bare"
 
-trace_into_nothing()
+trace_as_the_sdk()
 app = create_celery(JobsSettings(key_prefix="bare:"))
 app.conf.update(
     worker_pool="threads",

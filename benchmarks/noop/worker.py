@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 
 from benchmarks.noop.runtime import NoOpRuntime
-from benchmarks.noop.spans import trace_into_nothing
+from benchmarks.noop.spans import trace_as_the_product
 from workers.app import create_worker
+from workers.service import SERVICE_NAME
 
-trace_into_nothing()
+trace_as_the_product(SERVICE_NAME)
 app = create_worker(lambda *_: NoOpRuntime(float(os.environ.get("BENCH_TOKEN_SECONDS", "0"))))

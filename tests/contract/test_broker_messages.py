@@ -68,11 +68,11 @@ class Broker:
         more = self._taker.take(tag, json.dumps([message, "", FIRST]), [SECOND, FIRST], max_more=max_more)
         return [message["headers"]["id"], *(json.loads(body)["headers"]["id"] for _, body in more)]
 
-    def claimed(self, store: RedisAttemptStore) -> tuple[JobId, LeaseToken, str]:
+    async def claimed(self, store: RedisAttemptStore) -> tuple[JobId, LeaseToken, str]:
         """A job that a worker has at work: its id, lease token and its message's delivery tag."""
         job, token = new_job(queue=FIRST), LeaseToken("ours")
-        self.create(job)
-        store.claim(job.id, token, WorkerId("w"), now=NOW, lease_seconds=9)
+        await asyncio.to_thread(self.create, job)
+        await store.claim(job.id, token, WorkerId("w"), now=NOW, lease_seconds=9)
         self.take(max_more=0)
         (tag,) = self.held()
         return job.id, token, tag
@@ -169,27 +169,31 @@ def test_nothing_more_is_taken_when_there_is_no_room(broker: Broker) -> None:
     assert broker.num_queued(FIRST) == 1
 
 
-def test_settling_removes_the_message_when_it_decides_and_leaves_it_when_refused(broker: Broker) -> None:
+async def test_settling_removes_the_message_when_it_decides_and_leaves_it_when_refused(
+    broker: Broker,
+) -> None:
     store = RedisAttemptStore(broker.client, broker.settings)
-    id, token, tag = broker.claimed(store)
+    id, token, tag = await broker.claimed(store)
 
-    refused = store.settle(id, LeaseToken("another's"), completed(), now=NOW, message_tag=tag)
+    refused = await store.settle(id, LeaseToken("another's"), completed(), now=NOW, message_tag=tag)
     assert (refused, list(broker.held())) == (SettleOutcome.LOST, [tag])
-    settled = store.settle(id, token, completed(), now=NOW, message_tag=tag)
+    settled = await store.settle(id, token, completed(), now=NOW, message_tag=tag)
     assert (settled, broker.held()) == (SettleOutcome.SETTLED, {})
 
 
-def test_message_of_a_job_that_waits_is_kept_and_comes_back_as_it_was_but_redelivered(broker: Broker) -> None:
+async def test_message_of_a_job_that_waits_is_kept_and_comes_back_as_it_was_but_redelivered(
+    broker: Broker,
+) -> None:
     store, schedule = (
         RedisAttemptStore(broker.client, broker.settings),
         RedisSchedule(broker.client, broker.settings),
     )
-    id, token, tag = broker.claimed(store)
+    id, token, tag = await broker.claimed(store)
     ((held, _, _),) = broker.held().values()
     behind = broker.publish(FIRST, 1)
     crash = Failure(reason="engine_crashed", message="signal 9", retryable=True)
 
-    store.release(id, token, now=NOW, failure=crash, next_attempt_at=NOW + 5, message_tag=tag)
+    await store.release(id, token, now=NOW, failure=crash, next_attempt_at=NOW + 5, message_tag=tag)
     waiting = (broker.held(), broker.num_queued(FIRST))
     ledger = Ledger(broker.client, broker.settings)
     lost = ledger.lost_jobs(now=NOW + 60)

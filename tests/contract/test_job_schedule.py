@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 
 async def wait_for_retry(stores: Stores, id: JobId, *, until: float) -> None:
-    token = claim(stores, id)
-    outcome = stores.worker.release(id, token, now=NOW + 2, failure=CRASH, next_attempt_at=until)
+    token = await claim(stores, id)
+    outcome = await stores.worker.release(id, token, now=NOW + 2, failure=CRASH, next_attempt_at=until)
     assert outcome is SettleOutcome.WAITING
 
 
@@ -42,7 +42,7 @@ async def test_retry_is_published_once_and_not_before_its_time(stores: Stores) -
     waiting = await stores.api.get(id)
     on_time = await stores.schedule.advance(now=NOW + 10)
     again = await stores.schedule.advance(now=NOW + 11)
-    _, second = claim_as(stores, id, now=NOW + 12, traceparent=SPANS[0])
+    _, second = await claim_as(stores, id, now=NOW + 12, traceparent=SPANS[0])
 
     assert [advance.num_published for advance in (early, on_time, again)] == [0, 1, 0]
     assert waiting is not None
@@ -54,13 +54,13 @@ async def test_retry_is_published_once_and_not_before_its_time(stores: Stores) -
 async def test_job_with_a_start_time_is_published_once_and_not_before_it(stores: Stores) -> None:
     id = await submit(stores, start_at=NOW + 60, expires_at=NOW + 90)
 
-    _, early = claim_as(stores, id, now=NOW + 1, traceparent=SPANS[0])
+    _, early = await claim_as(stores, id, now=NOW + 1, traceparent=SPANS[0])
     waiting = await stores.api.get(id)
     assert stores.messages(new_job().queue) == []
     published = [
         (await stores.schedule.advance(now=at)).num_published for at in (NOW + 59, NOW + 60, NOW + 61)
     ]
-    _, first = claim_as(stores, id, now=NOW + 61, traceparent=SPANS[0])
+    _, first = await claim_as(stores, id, now=NOW + 61, traceparent=SPANS[0])
 
     assert early.outcome is ClaimOutcome.WAITING
     assert waiting is not None
@@ -74,19 +74,19 @@ async def test_message_too_many_does_not_start_a_job_that_waits_for_its_retry(st
     id = await submit(stores)
     await wait_for_retry(stores, id, until=NOW + 10)
 
-    _, early = claim_as(stores, id, now=NOW + 30, traceparent=SPANS[0])
+    _, early = await claim_as(stores, id, now=NOW + 30, traceparent=SPANS[0])
 
     assert early.outcome is ClaimOutcome.WAITING
     assert (await stores.schedule.advance(now=NOW + 30)).num_published == 1
-    claim(stores, id, now=NOW + 30)
+    await claim(stores, id, now=NOW + 30)
 
 
 async def test_job_without_attempts_left_does_not_wait_for_its_end(stores: Stores) -> None:
     id = await submit(stores, max_attempts=1)
-    token = claim(stores, id)
+    token = await claim(stores, id)
 
-    outcome = stores.worker.release(id, token, now=NOW + 2, failure=CRASH, next_attempt_at=NOW + 60)
-    _, last = claim_as(stores, id, now=NOW + 3, traceparent=SPANS[0])
+    outcome = await stores.worker.release(id, token, now=NOW + 2, failure=CRASH, next_attempt_at=NOW + 60)
+    _, last = await claim_as(stores, id, now=NOW + 3, traceparent=SPANS[0])
 
     assert outcome is SettleOutcome.SETTLED
     assert last.outcome is ClaimOutcome.EXHAUSTED
@@ -101,7 +101,7 @@ async def test_job_cancelled_while_it_waits_for_its_retry_is_final_and_met_by_a_
     assert await stores.api.cancel(id, now=NOW + 5) is CancelOutcome.CANCELLED
 
     assert (await stores.schedule.advance(now=NOW + 20)).num_published == 0, "it was with the cancel"
-    _, met = claim_as(stores, id, now=NOW + 20, traceparent=SPANS[0])
+    _, met = await claim_as(stores, id, now=NOW + 20, traceparent=SPANS[0])
     assert (met.ended_as, met.ended_in_queue) == (JobState.CANCELLED, True)
     assert (met.released_at, met.published_at) == (NOW + 2, NOW + 5)
 
@@ -109,7 +109,7 @@ async def test_job_cancelled_while_it_waits_for_its_retry_is_final_and_met_by_a_
 async def test_deadline_ends_jobs_that_no_worker_holds(stores: Stores) -> None:
     queued, waiting, held, late = [await submit(stores, expires_at=NOW + at) for at in (5, 5, 5, 60)]
     await wait_for_retry(stores, waiting, until=NOW + 10)
-    token = claim(stores, held, now=NOW + 1)
+    token = await claim(stores, held, now=NOW + 1)
     await stores.api.watch(queued, REPLICA)
 
     early = await stores.schedule.advance(now=NOW + 4.9)
@@ -121,7 +121,7 @@ async def test_deadline_ends_jobs_that_no_worker_holds(stores: Stores) -> None:
     (told,) = await stores.replies.read_replies(REPLICA, "0", block_seconds=1)
     assert (told.id, told.state) == (queued, JobState.EXPIRED)
     assert stores.open(new_job().queue) == {held, late}
-    assert stores.worker.settle(held, token, completed(), now=NOW + 6) is SettleOutcome.SETTLED
+    assert await stores.worker.settle(held, token, completed(), now=NOW + 6) is SettleOutcome.SETTLED
 
 
 async def test_deadline_ends_a_job_whose_worker_vanished_and_its_first_message_tells_the_loss(
@@ -129,7 +129,7 @@ async def test_deadline_ends_a_job_whose_worker_vanished_and_its_first_message_t
 ) -> None:
     running, cancelling = [await submit(stores, expires_at=NOW + 5) for _ in range(2)]
     for id in (running, cancelling):
-        claim(stores, id, now=NOW + 1)
+        await claim(stores, id, now=NOW + 1)
     await stores.api.cancel(cancelling, now=NOW + 2)
 
     leased = await stores.schedule.advance(now=NOW + 6)
@@ -138,6 +138,6 @@ async def test_deadline_ends_a_job_whose_worker_vanished_and_its_first_message_t
     assert (leased.num_ended, lapsed.num_ended) == (0, 2)
     assert await state_of(stores, running) is JobState.EXPIRED
     assert await state_of(stores, cancelling) is JobState.CANCELLED
-    met = [claim_as(stores, running, now=NOW + 20, traceparent="")[1] for _ in range(2)]
+    met = [(await claim_as(stores, running, now=NOW + 20, traceparent=""))[1] for _ in range(2)]
     assert [claim.lost for claim in met] == [LostAttempt(attempt=1, started_at=NOW + 1), None]
     assert [claim.ended_in_queue for claim in met] == [False, False]

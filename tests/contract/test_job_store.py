@@ -69,7 +69,7 @@ async def test_create_is_refused_when_the_queue_is_full(stores: Stores) -> None:
 
 async def test_settling_makes_room_in_a_full_queue(stores: Stores) -> None:
     id = await submit(stores)
-    stores.worker.settle(id, claim(stores, id), completed(), now=NOW + 2)
+    await stores.worker.settle(id, await claim(stores, id), completed(), now=NOW + 2)
 
     job = new_job()
     await stores.api.create(job, max_open=1)
@@ -120,7 +120,7 @@ async def test_creating_a_job_again_changes_nothing_when_a_worker_has_it(
     """As a client of the store does by itself whose connection was cut before the answer came."""
     job = new_job(idempotency_key=key, fingerprint="f")
     await stores.api.create(job, max_open=1)
-    claim(stores, job.id)
+    await claim(stores, job.id)
 
     again = await stores.api.create(job, max_open=1)
 
@@ -133,7 +133,7 @@ async def test_claim_hands_out_the_request_and_counts_the_attempt(stores: Stores
     job = new_job()
     await stores.api.create(job, max_open=10)
 
-    taken = stores.worker.claim(job.id, LeaseToken("t"), WORKER, now=NOW + 1, lease_seconds=LEASE)
+    taken = await stores.worker.claim(job.id, LeaseToken("t"), WORKER, now=NOW + 1, lease_seconds=LEASE)
 
     assert taken.outcome is ClaimOutcome.CLAIMED
     assert taken.request == job.request
@@ -145,18 +145,18 @@ async def test_claim_hands_out_the_request_and_counts_the_attempt(stores: Stores
 
 async def test_claim_repeated_with_the_same_token_counts_once(stores: Stores) -> None:
     id = await submit(stores)
-    token = claim(stores, id)
+    token = await claim(stores, id)
 
-    again = stores.worker.claim(id, token, WORKER, now=NOW + 2, lease_seconds=LEASE)
+    again = await stores.worker.claim(id, token, WORKER, now=NOW + 2, lease_seconds=LEASE)
 
     assert (again.outcome, again.attempt) == (ClaimOutcome.CLAIMED, 1)
 
 
 async def test_claim_is_refused_while_another_lease_is_good(stores: Stores) -> None:
     id = await submit(stores)
-    claim(stores, id, now=NOW)
+    await claim(stores, id, now=NOW)
 
-    second = stores.worker.claim(
+    second = await stores.worker.claim(
         id, new_lease_token(), OTHER_WORKER, now=NOW + LEASE - 0.1, lease_seconds=LEASE
     )
 
@@ -165,23 +165,23 @@ async def test_claim_is_refused_while_another_lease_is_good(stores: Stores) -> N
 
 async def test_claim_after_the_lease_ran_out_fences_off_the_first_worker(stores: Stores) -> None:
     id = await submit(stores)
-    late = claim(stores, id, now=NOW)
-    claim(stores, id, now=NOW + LEASE + 1, worker=OTHER_WORKER)
+    late = await claim(stores, id, now=NOW)
+    await claim(stores, id, now=NOW + LEASE + 1, worker=OTHER_WORKER)
 
-    assert stores.worker.settle(id, late, completed("late"), now=NOW + 20) is SettleOutcome.LOST
-    assert stores.worker.release(id, late, now=NOW + 20) is SettleOutcome.LOST
+    assert await stores.worker.settle(id, late, completed("late"), now=NOW + 20) is SettleOutcome.LOST
+    assert await stores.worker.release(id, late, now=NOW + 20) is SettleOutcome.LOST
     assert stores.worker.renew({id: late}, now=NOW + 20, lease_seconds=LEASE) == {id: RenewOutcome.LOST}
     assert await state_of(stores, id) is JobState.IN_PROGRESS
 
 
 async def test_late_attempt_is_told_that_it_lost_when_the_next_one_has_ended_the_job(stores: Stores) -> None:
     id = await submit(stores)
-    late = claim(stores, id, now=NOW)
-    next_one = claim(stores, id, now=NOW + LEASE + 1, worker=OTHER_WORKER)
-    stores.worker.settle(id, next_one, completed("next"), now=NOW + LEASE + 2)
+    late = await claim(stores, id, now=NOW)
+    next_one = await claim(stores, id, now=NOW + LEASE + 1, worker=OTHER_WORKER)
+    await stores.worker.settle(id, next_one, completed("next"), now=NOW + LEASE + 2)
 
-    assert stores.worker.settle(id, late, completed("late"), now=NOW + 20) is SettleOutcome.LOST
-    assert stores.worker.release(id, late, now=NOW + 20) is SettleOutcome.LOST
+    assert await stores.worker.settle(id, late, completed("late"), now=NOW + 20) is SettleOutcome.LOST
+    assert await stores.worker.release(id, late, now=NOW + 20) is SettleOutcome.LOST
     job = await stores.api.get(id, with_result=True)
     assert job is not None
     assert job.result == job_result("next")
@@ -189,10 +189,10 @@ async def test_late_attempt_is_told_that_it_lost_when_the_next_one_has_ended_the
 
 async def test_renewed_lease_outlives_its_first_term(stores: Stores) -> None:
     id = await submit(stores)
-    token = claim(stores, id, now=NOW)
+    token = await claim(stores, id, now=NOW)
 
     renewed = stores.worker.renew({id: token}, now=NOW + 8, lease_seconds=LEASE)
-    other = stores.worker.claim(id, new_lease_token(), OTHER_WORKER, now=NOW + 10, lease_seconds=LEASE)
+    other = await stores.worker.claim(id, new_lease_token(), OTHER_WORKER, now=NOW + 10, lease_seconds=LEASE)
 
     assert renewed == {id: RenewOutcome.RENEWED}
     assert other.outcome is ClaimOutcome.HELD
@@ -200,9 +200,9 @@ async def test_renewed_lease_outlives_its_first_term(stores: Stores) -> None:
 
 async def test_settled_job_keeps_its_result_usage_and_timings(stores: Stores) -> None:
     id = await submit(stores)
-    token = claim(stores, id)
+    token = await claim(stores, id)
 
-    outcome = stores.worker.settle(id, token, completed(), now=NOW + 3)
+    outcome = await stores.worker.settle(id, token, completed(), now=NOW + 3)
 
     assert outcome is SettleOutcome.SETTLED
     job = await stores.api.get(id, with_result=True)
@@ -218,10 +218,10 @@ async def test_settled_job_keeps_its_result_usage_and_timings(stores: Stores) ->
 
 async def test_settling_twice_keeps_the_first_result_and_is_told_the_same(stores: Stores) -> None:
     id = await submit(stores)
-    token = claim(stores, id)
-    first = stores.worker.settle(id, token, completed("first"), now=NOW + 2)
+    token = await claim(stores, id)
+    first = await stores.worker.settle(id, token, completed("first"), now=NOW + 2)
 
-    second = stores.worker.settle(id, token, completed("second"), now=NOW + 3)
+    second = await stores.worker.settle(id, token, completed("second"), now=NOW + 3)
 
     assert (first, second) == (SettleOutcome.SETTLED, SettleOutcome.SETTLED)
     job = await stores.api.get(id, with_result=True)
@@ -231,7 +231,7 @@ async def test_settling_twice_keeps_the_first_result_and_is_told_the_same(stores
 
 async def test_failed_job_keeps_its_failure(stores: Stores) -> None:
     id = await submit(stores)
-    stores.worker.settle(id, claim(stores, id), failed("engine_error"), now=NOW + 2)
+    await stores.worker.settle(id, await claim(stores, id), failed("engine_error"), now=NOW + 2)
 
     job = await stores.api.get(id)
 
@@ -243,21 +243,23 @@ async def test_failed_job_keeps_its_failure(stores: Stores) -> None:
 async def test_released_job_is_queued_and_the_attempt_not_counted(stores: Stores) -> None:
     id = await submit(stores)
 
-    assert stores.worker.release(id, claim(stores, id), now=NOW + 2) is SettleOutcome.SETTLED
+    assert await stores.worker.release(id, await claim(stores, id), now=NOW + 2) is SettleOutcome.SETTLED
 
     job = await stores.api.get(id)
     assert job is not None
     assert (job.state, job.attempts) == (JobState.QUEUED, 0)
-    claim(stores, id, now=NOW + 2)
+    await claim(stores, id, now=NOW + 2)
 
 
 async def test_job_fails_with_its_last_failure_when_its_attempts_are_used_up(stores: Stores) -> None:
     id = await submit(stores, max_attempts=2)
     crash = Failure(reason="engine_crashed", message="the engine process ended", retryable=True)
     for attempt in range(2):
-        stores.worker.release(id, claim(stores, id, now=NOW + attempt), now=NOW + attempt, failure=crash)
+        await stores.worker.release(
+            id, await claim(stores, id, now=NOW + attempt), now=NOW + attempt, failure=crash
+        )
 
-    last = stores.worker.claim(id, new_lease_token(), WORKER, now=NOW + 5, lease_seconds=LEASE)
+    last = await stores.worker.claim(id, new_lease_token(), WORKER, now=NOW + 5, lease_seconds=LEASE)
 
     assert last.outcome is ClaimOutcome.EXHAUSTED
     job = await stores.api.get(id)
@@ -268,9 +270,9 @@ async def test_job_fails_with_its_last_failure_when_its_attempts_are_used_up(sto
 async def test_job_whose_workers_vanish_fails_as_worker_lost(stores: Stores) -> None:
     id = await submit(stores, max_attempts=2)
     for start in (NOW, NOW + 20):
-        assert stores.worker.mark_alone(id, claim(stores, id, now=start))
+        assert await stores.worker.mark_alone(id, await claim(stores, id, now=start))
 
-    last = stores.worker.claim(id, new_lease_token(), WORKER, now=NOW + 40, lease_seconds=LEASE)
+    last = await stores.worker.claim(id, new_lease_token(), WORKER, now=NOW + 40, lease_seconds=LEASE)
 
     assert last.outcome is ClaimOutcome.EXHAUSTED
     job = await stores.api.get(id)
@@ -283,7 +285,7 @@ async def test_attempts_that_vanish_in_company_are_forgiven_up_to_a_limit(stores
     id = await submit(stores, max_attempts=2)
 
     claims = [
-        claim_as(stores, id, now=NOW + 20 * number, traceparent=SPANS[0])[1]
+        (await claim_as(stores, id, now=NOW + 20 * number, traceparent=SPANS[0]))[1]
         for number in range(FORGIVEN_LIMIT + 3)
     ]
 
@@ -294,10 +296,10 @@ async def test_attempts_that_vanish_in_company_are_forgiven_up_to_a_limit(stores
 
 async def test_attempt_that_vanishes_alone_is_counted(stores: Stores) -> None:
     id = await submit(stores)
-    assert stores.worker.mark_alone(id, claim(stores, id, now=NOW))
-    _, second = claim_as(stores, id, now=NOW + 20, traceparent=SPANS[0])
+    assert await stores.worker.mark_alone(id, await claim(stores, id, now=NOW))
+    _, second = await claim_as(stores, id, now=NOW + 20, traceparent=SPANS[0])
 
-    _, third = claim_as(stores, id, now=NOW + 40, traceparent=SPANS[0])
+    _, third = await claim_as(stores, id, now=NOW + 40, traceparent=SPANS[0])
 
     assert (second.attempt, second.forgiven) == (2, 0)
     assert (third.attempt, third.forgiven) == (3, 1), "the mark was the first attempt's, not the second's"
@@ -305,37 +307,37 @@ async def test_attempt_that_vanishes_alone_is_counted(stores: Stores) -> None:
 
 async def test_forgiven_release_keeps_its_number_and_does_not_count(stores: Stores) -> None:
     id = await submit(stores, max_attempts=1)
-    token = claim(stores, id)
+    token = await claim(stores, id)
 
-    stores.worker.release(id, token, now=NOW + 2, failure=CRASH, is_forgiven=True)
-    _, second = claim_as(stores, id, now=NOW + 3, traceparent=SPANS[0])
+    await stores.worker.release(id, token, now=NOW + 2, failure=CRASH, is_forgiven=True)
+    _, second = await claim_as(stores, id, now=NOW + 3, traceparent=SPANS[0])
 
     assert (second.outcome, second.attempt, second.forgiven) == (ClaimOutcome.CLAIMED, 2, 1)
 
 
 async def test_only_the_lease_holder_can_be_marked_alone(stores: Stores) -> None:
     id = await submit(stores)
-    late = claim(stores, id, now=NOW)
-    claim(stores, id, now=NOW + 20, worker=OTHER_WORKER)
+    late = await claim(stores, id, now=NOW)
+    await claim(stores, id, now=NOW + 20, worker=OTHER_WORKER)
 
-    assert not stores.worker.mark_alone(id, late)
-    assert not stores.worker.mark_alone(JobId("job_unknown"), late)
+    assert not await stores.worker.mark_alone(id, late)
+    assert not await stores.worker.mark_alone(JobId("job_unknown"), late)
 
 
 async def test_first_claim_tells_of_no_attempt_before(stores: Stores) -> None:
     id = await submit(stores)
 
-    _, first = claim_as(stores, id, now=NOW, traceparent=SPANS[0])
+    _, first = await claim_as(stores, id, now=NOW, traceparent=SPANS[0])
 
     assert (first.previous_traceparent, first.lost) == (None, None)
 
 
 async def test_claim_after_a_vanished_worker_tells_its_span_and_start(stores: Stores) -> None:
     id = await submit(stores)
-    claim_as(stores, id, now=NOW + 1, traceparent=SPANS[0])
+    await claim_as(stores, id, now=NOW + 1, traceparent=SPANS[0])
 
-    token, second = claim_as(stores, id, now=NOW + 20, traceparent=SPANS[1])
-    _, repeated = claim_as(stores, id, now=NOW + 21, traceparent=SPANS[1], token=token)
+    token, second = await claim_as(stores, id, now=NOW + 20, traceparent=SPANS[1])
+    _, repeated = await claim_as(stores, id, now=NOW + 21, traceparent=SPANS[1], token=token)
 
     assert (second.attempt, second.previous_traceparent) == (2, SPANS[0])
     assert second.lost == LostAttempt(attempt=1, started_at=NOW + 1)
@@ -344,12 +346,12 @@ async def test_claim_after_a_vanished_worker_tells_its_span_and_start(stores: St
 
 async def test_claim_after_a_release_tells_the_span_but_no_loss(stores: Stores) -> None:
     id = await submit(stores)
-    token, _ = claim_as(stores, id, now=NOW + 1, traceparent=SPANS[0])
-    stores.worker.release(id, token, now=NOW + 2, failure=CRASH)
+    token, _ = await claim_as(stores, id, now=NOW + 1, traceparent=SPANS[0])
+    await stores.worker.release(id, token, now=NOW + 2, failure=CRASH)
 
-    token, second = claim_as(stores, id, now=NOW + 3, traceparent=SPANS[1])
-    stores.worker.release(id, token, now=NOW + 4)
-    _, third = claim_as(stores, id, now=NOW + 5, traceparent=SPANS[2])
+    token, second = await claim_as(stores, id, now=NOW + 3, traceparent=SPANS[1])
+    await stores.worker.release(id, token, now=NOW + 4)
+    _, third = await claim_as(stores, id, now=NOW + 5, traceparent=SPANS[2])
 
     assert (second.previous_traceparent, second.lost, second.released_at) == (SPANS[0], None, NOW + 2)
     assert (third.previous_traceparent, third.lost, third.released_at) == (SPANS[1], None, NOW + 4)
@@ -360,12 +362,13 @@ async def test_claim_that_ends_a_job_tells_of_its_last_attempt(stores: Stores) -
     cancelled = await submit(stores)
     expired = await submit(stores, expires_at=NOW + 10)
     for id in (exhausted, cancelled, expired):
-        token, _ = claim_as(stores, id, now=NOW + 1, traceparent=SPANS[0])
-        assert stores.worker.mark_alone(id, token)
+        token, _ = await claim_as(stores, id, now=NOW + 1, traceparent=SPANS[0])
+        assert await stores.worker.mark_alone(id, token)
     await stores.api.cancel(cancelled, now=NOW + 2)
 
     ends = [
-        claim_as(stores, id, now=NOW + 20, traceparent=SPANS[1])[1] for id in (exhausted, cancelled, expired)
+        (await claim_as(stores, id, now=NOW + 20, traceparent=SPANS[1]))[1]
+        for id in (exhausted, cancelled, expired)
     ]
 
     assert [end.outcome for end in ends] == [
@@ -382,7 +385,7 @@ async def test_cancel_of_a_queued_job_is_final_at_once(stores: Stores) -> None:
     assert await stores.api.cancel(id, now=NOW + 1) is CancelOutcome.CANCELLED
 
     assert await state_of(stores, id) is JobState.CANCELLED
-    taken = stores.worker.claim(id, new_lease_token(), WORKER, now=NOW + 2, lease_seconds=LEASE)
+    taken = await stores.worker.claim(id, new_lease_token(), WORKER, now=NOW + 2, lease_seconds=LEASE)
     assert (taken.outcome, taken.ended_as) == (ClaimOutcome.FINAL, JobState.CANCELLED)
 
 
@@ -391,12 +394,12 @@ async def test_refused_claim_tells_whether_the_job_ended_in_its_queue_and_since_
 ) -> None:
     waiting, expired, given_back, running = [await submit(stores, expires_at=NOW + 9) for _ in range(4)]
     await stores.api.cancel(waiting, now=NOW + 1)
-    stores.worker.release(given_back, claim(stores, given_back), now=NOW + 2)
+    await stores.worker.release(given_back, await claim(stores, given_back), now=NOW + 2)
     await stores.api.cancel(given_back, now=NOW + 3)
-    stores.worker.settle(running, claim(stores, running), completed(), now=NOW + 4)
+    await stores.worker.settle(running, await claim(stores, running), completed(), now=NOW + 4)
 
     ids = (waiting, expired, given_back, running)
-    taken = [claim_as(stores, id, now=NOW + 20, traceparent="")[1] for id in ids]
+    taken = [(await claim_as(stores, id, now=NOW + 20, traceparent=""))[1] for id in ids]
 
     assert [claim.ended_in_queue for claim in taken] == [True, True, True, False]
     assert [claim.released_at for claim in taken] == [None, None, NOW + 2, None]
@@ -404,7 +407,7 @@ async def test_refused_claim_tells_whether_the_job_ended_in_its_queue_and_since_
 
 async def test_cancel_of_a_running_job_reaches_its_worker_and_wins_over_the_result(stores: Stores) -> None:
     id = await submit(stores)
-    token = claim(stores, id)
+    token = await claim(stores, id)
 
     assert await stores.api.cancel(id, now=NOW + 2) is CancelOutcome.CANCELLING
 
@@ -412,19 +415,19 @@ async def test_cancel_of_a_running_job_reaches_its_worker_and_wins_over_the_resu
     assert [job for _, job in told] == [id]
     assert stores.worker.read_cancels(WORKER, told[-1][0], block_seconds=0.01) == []
     assert stores.worker.renew({id: token}, now=NOW + 3, lease_seconds=LEASE) == {id: RenewOutcome.CANCELLING}
-    assert stores.worker.settle(id, token, completed(), now=NOW + 4) is SettleOutcome.CANCELLED
-    assert stores.worker.settle(id, token, completed(), now=NOW + 5) is SettleOutcome.CANCELLED
-    assert stores.worker.release(id, token, now=NOW + 5) is SettleOutcome.CANCELLED
+    assert await stores.worker.settle(id, token, completed(), now=NOW + 4) is SettleOutcome.CANCELLED
+    assert await stores.worker.settle(id, token, completed(), now=NOW + 5) is SettleOutcome.CANCELLED
+    assert await stores.worker.release(id, token, now=NOW + 5) is SettleOutcome.CANCELLED
     assert await state_of(stores, id) is JobState.CANCELLED
     assert await stores.api.cancel(id, now=NOW + 5) is CancelOutcome.FINAL
 
 
 async def test_job_being_cancelled_ends_when_its_worker_dies(stores: Stores) -> None:
     id = await submit(stores)
-    claim(stores, id, now=NOW)
+    await claim(stores, id, now=NOW)
     await stores.api.cancel(id, now=NOW + 1)
 
-    taken = stores.worker.claim(id, new_lease_token(), OTHER_WORKER, now=NOW + 20, lease_seconds=LEASE)
+    taken = await stores.worker.claim(id, new_lease_token(), OTHER_WORKER, now=NOW + 20, lease_seconds=LEASE)
 
     assert taken.outcome is ClaimOutcome.CANCELLED
     assert await state_of(stores, id) is JobState.CANCELLED
@@ -433,7 +436,7 @@ async def test_job_being_cancelled_ends_when_its_worker_dies(stores: Stores) -> 
 async def test_claim_past_the_deadline_expires_the_job(stores: Stores) -> None:
     id = await submit(stores, expires_at=NOW + 5)
 
-    taken = stores.worker.claim(id, new_lease_token(), WORKER, now=NOW + 5, lease_seconds=LEASE)
+    taken = await stores.worker.claim(id, new_lease_token(), WORKER, now=NOW + 5, lease_seconds=LEASE)
 
     assert taken.outcome is ClaimOutcome.EXPIRED
     assert await state_of(stores, id) is JobState.EXPIRED
@@ -442,9 +445,9 @@ async def test_claim_past_the_deadline_expires_the_job(stores: Stores) -> None:
 async def test_watcher_hears_every_move_in_order(stores: Stores) -> None:
     id = await submit(stores)
     assert await stores.api.watch(id, REPLICA) is JobState.QUEUED
-    token = claim(stores, id)
-    stores.worker.release(id, token, now=NOW + 2)
-    stores.worker.settle(id, claim(stores, id, now=NOW + 3), completed(), now=NOW + 4)
+    token = await claim(stores, id)
+    await stores.worker.release(id, token, now=NOW + 2)
+    await stores.worker.settle(id, await claim(stores, id, now=NOW + 3), completed(), now=NOW + 4)
 
     replies = await stores.replies.read_replies(REPLICA, "0", block_seconds=1)
 
@@ -487,7 +490,9 @@ async def test_watch_of_a_final_job_says_so(stores: Stores) -> None:
 async def test_expiry_can_be_settled_by_the_worker(stores: Stores) -> None:
     id = await submit(stores)
 
-    outcome = stores.worker.settle(id, claim(stores, id), Settlement(JobState.EXPIRED), now=NOW + 9)
+    outcome = await stores.worker.settle(
+        id, await claim(stores, id), Settlement(JobState.EXPIRED), now=NOW + 9
+    )
 
     assert outcome is SettleOutcome.SETTLED
     assert await state_of(stores, id) is JobState.EXPIRED

@@ -49,12 +49,12 @@ async def _ask_something(
     worker = WorkerId("worker-1")
     match rng.randrange(10):
         case 0 | 1 | 2:
-            stores.worker.claim(id, token, worker, now=now, lease_seconds=9)
+            await stores.worker.claim(id, token, worker, now=now, lease_seconds=9)
         case 3:
             stores.worker.renew({id: token}, now=now, lease_seconds=9)
         case 4:
             failure = Failure(reason="engine_crashed", message="ended", retryable=True)
-            stores.worker.release(
+            await stores.worker.release(
                 id,
                 token,
                 now=now,
@@ -63,9 +63,9 @@ async def _ask_something(
                 next_attempt_at=rng.choice([None, now + rng.random() * 20]),
             )
         case 5:
-            stores.worker.settle(id, token, rng.choice([completed(), failed()]), now=now)
+            await stores.worker.settle(id, token, rng.choice([completed(), failed()]), now=now)
         case 6:
-            stores.worker.mark_alone(id, token)
+            await stores.worker.mark_alone(id, token)
         case 7:
             await stores.schedule.advance(now=now)
         case 8 if rng.random() < 0.2:

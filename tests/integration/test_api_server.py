@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
@@ -69,10 +70,13 @@ class PlayedWorker:
         return message
 
     def settle(self, id: JobId) -> None:
-        token = new_lease_token()
-        claim = self._store.claim(id, token, WorkerId("played"), now=1.0, lease_seconds=1e10)
-        assert claim.outcome is ClaimOutcome.CLAIMED
-        self._store.settle(id, token, completed(), now=2.0)
+        async def play() -> None:
+            token = new_lease_token()
+            claim = await self._store.claim(id, token, WorkerId("played"), now=1.0, lease_seconds=1e10)
+            assert claim.outcome is ClaimOutcome.CLAIMED
+            await self._store.settle(id, token, completed(), now=2.0)
+
+        asyncio.run(play())
 
 
 @dataclass

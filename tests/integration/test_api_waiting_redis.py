@@ -49,10 +49,13 @@ class Sides:
                     await asyncio.sleep(0.001)
 
     def end(self, ids: list[JobId]) -> None:
-        for id in ids:
-            token = new_lease_token()
-            self._worker.claim(id, token, WorkerId("worker-1"), now=1.0, lease_seconds=30)
-            self._worker.settle(id, token, completed(), now=2.0)
+        async def end_all() -> None:
+            for id in ids:
+                token = new_lease_token()
+                await self._worker.claim(id, token, WorkerId("worker-1"), now=1.0, lease_seconds=30)
+                await self._worker.settle(id, token, completed(), now=2.0)
+
+        asyncio.run(end_all())  # of the thread that plays the worker
 
     def drop_streams(self) -> None:
         self._client.delete(f"tl:replies:{REPLICA}")

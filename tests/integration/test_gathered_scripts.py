@@ -1,9 +1,9 @@
-"""Scripts that many threads call at once, against a real Valkey."""
+"""Scripts that many attempts call at once, against a real Valkey."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,10 +14,9 @@ from jobs.errors import StoreUnavailable
 from jobs.gathered_scripts import GatheredScripts
 from jobs.redis_connection import connect
 from jobs.settings import JobsSettings
-from tests.support.processes import wait_until
 from tests.support.valkey import ValkeyServer, running_valkey
 
-NUM_THREADS = 24
+NUM_CALLS = 24
 LEASE_END = "1900000000.0"
 
 
@@ -31,79 +30,89 @@ def valkey() -> Iterator[ValkeyServer]:
 def client(valkey: ValkeyServer) -> Iterator[redis.Redis]:
     client = connect(JobsSettings(redis_url=SecretStr(valkey.url), socket_timeout_seconds=5.0))
     client.flushdb()
-    for number in range(NUM_THREADS):
+    for number in range(NUM_CALLS):
         client.hset(f"job:{number}", mapping={"lease_token": f"token-{number}", "state": "in_progress"})
     yield client
     client.close()
 
 
-@pytest.fixture
-def threads() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(NUM_THREADS) as threads:
-        yield threads
-
-
-def renew_all(threads: ThreadPoolExecutor, gathered: GatheredScripts) -> list[Future[Any]]:
-    """Every thread renews a lease; those with an odd number do not hold it."""
+def renew_all(gathered: GatheredScripts) -> list[asyncio.Task[Any]]:
+    """Leases are renewed at once; those with an odd number are another's."""
     renew = gathered.script("renew")
 
-    def renew_one(number: int) -> Any:
-        return renew([f"job:{number}"], [f"token-{number - number % 2}", LEASE_END])
+    async def renew_one(number: int) -> Any:
+        return await renew([f"job:{number}"], [f"token-{number - number % 2}", LEASE_END])
 
-    return [threads.submit(renew_one, number) for number in range(NUM_THREADS)]
+    return [asyncio.create_task(renew_one(number)) for number in range(NUM_CALLS)]
 
 
 def is_outcome_of(number: int) -> str:
     return "lost" if number % 2 else "renewed"
 
 
-def test_gathered_calls_take_two_round_trips_when_they_come_during_one(
-    valkey: ValkeyServer, client: redis.Redis, threads: ThreadPoolExecutor
+def num_reads(client: redis.Redis) -> int:
+    """Of the server, this question among them."""
+    stats: Any = client.info("stats")
+    return int(stats["total_reads_processed"])
+
+
+async def test_calls_of_one_moment_take_one_round_trip(client: redis.Redis) -> None:
+    gathered = GatheredScripts(client)
+    await gathered.script("renew")(["job:0"], ["token-0", LEASE_END])
+    before = num_reads(client)
+
+    outcomes = await asyncio.gather(*renew_all(gathered))
+
+    assert outcomes == [is_outcome_of(number) for number in range(NUM_CALLS)]
+    assert num_reads(client) - before == 1 + 1
+
+
+async def test_calls_that_come_during_a_round_trip_share_the_next(
+    valkey: ValkeyServer, client: redis.Redis
 ) -> None:
     gathered = GatheredScripts(client)
-    gathered.script("renew")(["job:0"], ["token-0", LEASE_END])
-    before = client.info("stats")["total_reads_processed"]
+    await gathered.script("renew")(["job:0"], ["token-0", LEASE_END])
+    before = num_reads(client)
     valkey.pause()
     try:
-        calls = renew_all(threads, gathered)
-        wait_until(
-            lambda: len(gathered._waiting) == NUM_THREADS - 1, timeout_seconds=10, what="all to gather"
-        )
+        first = asyncio.ensure_future(gathered.script("renew")(["job:0"], ["token-0", LEASE_END]))
+        while gathered._waiting or not gathered._is_under_way:
+            await asyncio.sleep(0)
+        calls = renew_all(gathered)
+        while len(gathered._waiting) < NUM_CALLS:
+            await asyncio.sleep(0)
     finally:
         valkey.resume()
-    outcomes = [call.result(10) for call in calls]
-    num_reads = client.info("stats")["total_reads_processed"] - before
-    assert outcomes == [is_outcome_of(number) for number in range(NUM_THREADS)]
-    assert num_reads == 2 + 1  # and this question's own
+
+    assert await first == "renewed"
+    assert await asyncio.gather(*calls) == [is_outcome_of(number) for number in range(NUM_CALLS)]
+    assert num_reads(client) - before == 2 + 1
 
 
-def test_gathered_calls_are_all_answered_when_the_server_has_forgotten_the_script(
-    client: redis.Redis, threads: ThreadPoolExecutor
+async def test_gathered_calls_are_all_answered_when_the_server_has_forgotten_the_script(
+    client: redis.Redis,
 ) -> None:
     gathered = GatheredScripts(client)
     client.script_flush()
-    outcomes = [call.result(10) for call in renew_all(threads, gathered)]
-    assert outcomes == [is_outcome_of(number) for number in range(NUM_THREADS)]
+    outcomes = await asyncio.gather(*renew_all(gathered))
+    assert outcomes == [is_outcome_of(number) for number in range(NUM_CALLS)]
 
 
-def test_gathered_call_fails_alone_when_its_key_is_of_another_kind(
-    client: redis.Redis, threads: ThreadPoolExecutor
-) -> None:
+async def test_gathered_call_fails_alone_when_its_key_is_of_another_kind(client: redis.Redis) -> None:
     client.delete("job:3")
     client.set("job:3", "no hash")
-    calls = renew_all(threads, GatheredScripts(client))
-    assert isinstance(calls[3].exception(10), StoreUnavailable)
-    others = [number for number in range(NUM_THREADS) if number != 3]
-    assert [calls[number].result(10) for number in others] == [is_outcome_of(number) for number in others]
+    outcomes = await asyncio.gather(*renew_all(GatheredScripts(client)), return_exceptions=True)
+    assert isinstance(outcomes.pop(3), StoreUnavailable)
+    assert outcomes == [is_outcome_of(number) for number in range(NUM_CALLS) if number != 3]
 
 
-def test_gathered_calls_are_refused_while_the_server_is_away_and_served_afterwards(
-    valkey: ValkeyServer, client: redis.Redis, threads: ThreadPoolExecutor
+async def test_gathered_calls_are_refused_while_the_server_is_away_and_served_afterwards(
+    valkey: ValkeyServer, client: redis.Redis
 ) -> None:
     gathered = GatheredScripts(client)
     valkey.kill()
-    refused = [call.exception(30) for call in renew_all(threads, gathered)]
+    refused = await asyncio.gather(*renew_all(gathered), return_exceptions=True)
     assert all(isinstance(error, StoreUnavailable) for error in refused)
-    valkey.start()
-    outcomes = [call.result(30) for call in renew_all(threads, gathered)]
-    assert outcomes == [is_outcome_of(number) for number in range(NUM_THREADS)]
+    await asyncio.to_thread(valkey.start)
+    outcomes = await asyncio.gather(*renew_all(gathered))
+    assert outcomes == [is_outcome_of(number) for number in range(NUM_CALLS)]

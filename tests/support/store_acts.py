@@ -26,18 +26,18 @@ async def submit(stores: Stores, **overrides: object) -> JobId:
     return job.id
 
 
-def claim(stores: Stores, id: JobId, *, now: float = NOW + 1, worker: WorkerId = WORKER) -> LeaseToken:
+async def claim(stores: Stores, id: JobId, *, now: float = NOW + 1, worker: WorkerId = WORKER) -> LeaseToken:
     token = new_lease_token()
-    outcome = stores.worker.claim(id, token, worker, now=now, lease_seconds=LEASE).outcome
-    assert outcome is ClaimOutcome.CLAIMED
+    taken = await stores.worker.claim(id, token, worker, now=now, lease_seconds=LEASE)
+    assert taken.outcome is ClaimOutcome.CLAIMED
     return token
 
 
-def claim_as(
+async def claim_as(
     stores: Stores, id: JobId, *, now: float, traceparent: str, token: LeaseToken | None = None
 ) -> tuple[LeaseToken, Claim]:
     token = token or new_lease_token()
-    return token, stores.worker.claim(
+    return token, await stores.worker.claim(
         id, token, WORKER, now=now, lease_seconds=LEASE, traceparent=traceparent
     )
 

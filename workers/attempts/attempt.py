@@ -12,15 +12,16 @@ message ─▶ claim ─┬─ not ours, ended, unknown ────────
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from functools import cache, partial
-from time import time_ns
+from time import monotonic, time_ns
 from typing import TypeVar
 
 from engine.errors import InvalidRequestError
@@ -52,6 +53,10 @@ STORE_ITEMS_SECONDS = 1.0
 """How often ended items of a running job of many prompts are stored: what a lost worker costs of them."""
 
 
+STOP_CHECK_SECONDS = 0.1
+"""How often an attempt that waits for an absent store asks whether the worker stops."""
+
+
 class Verdict(Enum):
     """What becomes of the message."""
 
@@ -73,7 +78,7 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class AttemptRunner:
-    """Everything an attempt needs; `run` is called in the pool's threads."""
+    """Everything an attempt needs; `run` is called in the pool's event loop."""
 
     store: AttemptStore
     runtime: Runtime
@@ -88,20 +93,20 @@ class AttemptRunner:
     """Told the tag of a message that went with its job's settling; whoever acknowledges messages listens."""
     pause: RetryPause = field(default_factory=RetryPause)
 
-    def run(self, delivery: Delivery) -> Verdict:
+    async def run(self, delivery: Delivery) -> Verdict:
         """Raises JobStopped when the worker shuts down; the job is queued again by then."""
         with logged_job(delivery.id):
-            return self._run(delivery, received_at_ns=time_ns())
+            return await self._run(delivery, received_at_ns=time_ns())
 
-    def _run(self, delivery: Delivery, *, received_at_ns: int) -> Verdict:
+    async def _run(self, delivery: Delivery, *, received_at_ns: int) -> Verdict:
         token = new_lease_token()
-        claim = self._insist(lambda: self._claim(delivery.id, token))
+        claim = await self._insist(lambda: self._claim(delivery.id, token))
         if claim is None:
             return Verdict.REQUEUE
         with self.observer.claim_told_last(delivery, claim, received_at_ns, time_ns()):
-            return self._run_claimed(delivery, claim, token, received_at_ns)
+            return await self._run_claimed(delivery, claim, token, received_at_ns)
 
-    def _run_claimed(
+    async def _run_claimed(
         self, delivery: Delivery, claim: Claim, token: LeaseToken, received_at_ns: int
     ) -> Verdict:
         if claim.outcome is not ClaimOutcome.CLAIMED or claim.request is None:
@@ -110,14 +115,14 @@ class AttemptRunner:
         # cached: told once, whoever calls first
         tell_claim = cache(partial(self.observer.claimed, delivery, claim, received_at_ns))
         try:
-            return self._generate(delivery, claim, claim.request, token, tell_claim)
+            return await self._generate(delivery, claim, claim.request, token, tell_claim)
         except Exception as error:  # a fault of ours: the job must not stay behind under a dead lease
-            return self._give_back(delivery, claim, token, _internal_failure(error))
+            return await self._give_back(delivery, claim, token, _internal_failure(error))
         finally:
             tell_claim()  # at the latest
 
-    def _claim(self, id: JobId, token: LeaseToken) -> Claim:
-        return self.store.claim(
+    async def _claim(self, id: JobId, token: LeaseToken) -> Claim:
+        return await self.store.claim(
             id,
             token,
             self.worker,
@@ -126,7 +131,7 @@ class AttemptRunner:
             traceparent=traceparent() or None,
         )
 
-    def _generate(
+    async def _generate(
         self,
         delivery: Delivery,
         claim: Claim,
@@ -144,70 +149,72 @@ class AttemptRunner:
             params = sampling_params(request.sampling)
             run = _Run(delivery, token, request, params, items, asked_at_ns)
             if items.missing:  # else the attempt before ended between its last item and its settling
-                with (
-                    self.holding.hold(held),
-                    self._items_stored_at_least(run),
-                    self.observer.interruption_told(delivery, asked_at_ns),
-                    self._in_company(delivery.id, claim, token, tell_claim),
-                ):
-                    self._run_engine(run, handle, tell_claim)
+                with self.holding.hold(held):
+                    async with self._items_stored_at_least(run):
+                        with self.observer.interruption_told(delivery, asked_at_ns):
+                            async with self._in_company(delivery.id, claim, token, tell_claim):
+                                await self._run_engine(run, handle, tell_claim)
         except (InvalidRequestError, EngineRefused) as refusal:
-            return self._settle(delivery, token, Settlement(JobState.FAILED, failure=_as_failure(refusal)))
+            return await self._settle(
+                delivery, token, Settlement(JobState.FAILED, failure=_as_failure(refusal))
+            )
         except CancelWished:
-            return self._settle(delivery, token, Settlement(JobState.CANCELLED))
+            return await self._settle(delivery, token, Settlement(JobState.CANCELLED))
         except DeadlinePassed:
-            return self._settle(delivery, token, Settlement(JobState.EXPIRED))
+            return await self._settle(delivery, token, Settlement(JobState.EXPIRED))
         except LeaseLost:
             self.observer.lease_lost(delivery)
             return Verdict.ACKNOWLEDGE
         except EngineLost as lost:
             is_forgiven = not grade_of(claim.forgiven).is_alone
-            return self._give_back(delivery, claim, token, lost.failure, is_forgiven=is_forgiven)
+            return await self._give_back(delivery, claim, token, lost.failure, is_forgiven=is_forgiven)
         except JobStopped:
-            self.observer.handed_back(self._release(delivery, token, None))
+            self.observer.handed_back(await self._release(delivery, token, None))
             raise
         received_at_ns, generated_at = time_ns(), self.clock.now()
         items.take()
         if (failure := items.passing_failure) is not None:
-            self._store_and_tell_items(run)
-            return self._give_back(delivery, claim, token, failure)
+            await self._store_and_tell_items(run)
+            return await self._give_back(delivery, claim, token, failure)
         settlement = items.settlement()
         stamps = AttemptStamps(claim.queued_at, claimed_at, generated_at, settled_at=self.clock.now())
         settlement = replace(settlement, timings=job_timings(items.outputs, stamps))
-        outcome = self._store(delivery, token, settlement)
+        outcome = await self._store(delivery, token, settlement)
         with self.observer.reporting(delivery):
             # Not before: a job of thousands of prompts has as many spans, and its client waits.
-            self._tell_items(run, received_at_ns)
+            await self._tell_items(run, received_at_ns)
             return self._tell(delivery, settlement, outcome)
 
-    @contextmanager
-    def _in_company(
+    @asynccontextmanager
+    async def _in_company(
         self, id: JobId, claim: Claim, token: LeaseToken, tell_claim: Callable[[], None]
-    ) -> Iterator[None]:
+    ) -> AsyncIterator[None]:
         """Be in the engine with the company that the job's past allows; a lone run is noted beforehand."""
         grade = grade_of(claim.forgiven)
 
-        def wait(place: Place) -> None:
+        async def wait(place: Place) -> None:
             if not place.done():
                 tell_claim()
-            current_handle().wait(place)
+            await current_handle().wait(place)
 
-        with self.company.join(grade, wait):
+        async with self.company.join(grade, wait):
             if grade.is_alone:
-                is_ours = self._insist(lambda: self.store.mark_alone(id, token))
+                is_ours = await self._insist(lambda: self.store.mark_alone(id, token))
                 if is_ours is None:
                     raise JobStopped("the worker shuts down")
                 if not is_ours:
                     raise LeaseLost("the lease is another worker's")
             yield
 
-    def _run_engine(self, run: _Run, handle: TaskHandle, tell_claim: Callable[[], None]) -> None:
+    async def _run_engine(self, run: _Run, handle: TaskHandle, tell_claim: Callable[[], None]) -> None:
         """Return when every item has ended; those of many are stored as they do."""
         generation = run.items.generation = self.runtime.submit(engine_requests(run))
         try:
             tell_claim()  # now that the engine is at work
             meanwhile = partial(self._store_some_items, run) if run.items.are_many else None
-            outcomes = handle.wait(generation.future, meanwhile=meanwhile, every_seconds=STORE_ITEMS_SECONDS)
+            outcomes = await handle.wait(
+                generation.future, meanwhile=meanwhile, every_seconds=STORE_ITEMS_SECONDS
+            )
         except BaseException as ending:
             if not isinstance(ending, EngineLost):  # after which nothing is left to abort
                 self.runtime.abort(generation)
@@ -215,44 +222,44 @@ class AttemptRunner:
         if not run.items.are_many and isinstance(outcomes[0], Refused):
             raise EngineRefused(outcomes[0].reason, outcomes[0].message)
 
-    @contextmanager
-    def _items_stored_at_least(self, run: _Run) -> Iterator[None]:
+    @asynccontextmanager
+    async def _items_stored_at_least(self, run: _Run) -> AsyncIterator[None]:
         """What ended before the attempt was ended early is not to be run again."""
         try:
             yield
         except (EngineLost, CancelWished, DeadlinePassed, JobStopped):
             if run.items.are_many:
                 run.items.take()
-                self._store_and_tell_items(run)
+                await self._store_and_tell_items(run)
             raise
 
-    def _store_and_tell_items(self, run: _Run) -> None:
+    async def _store_and_tell_items(self, run: _Run) -> None:
         """Before the job goes back. What could not be stored will run again, and be told of then."""
         received_at_ns = time_ns()
         if not run.items.outcomes:
             return
         with self.observer.reporting(run.delivery):
             if run.items.are_many:
-                self._insist(partial(self._store_items, run), max_tries=3)
+                await self._insist(partial(self._store_items, run), max_tries=3)
                 run.items.forget_unstored()
-            self._tell_items(run, received_at_ns)
+            await self._tell_items(run, received_at_ns)
 
-    def _store_some_items(self, run: _Run) -> None:
+    async def _store_some_items(self, run: _Run) -> None:
         run.items.take()
         try:
-            is_ours = self._store_items(run)
+            is_ours = await self._store_items(run)
         except StoreUnavailable as error:
             logger.info("items were not stored, trying again with the next: %s", error)
             return
         if not is_ours:
             raise LeaseLost("the lease is another worker's")
 
-    def _store_items(self, run: _Run) -> bool:
+    async def _store_items(self, run: _Run) -> bool:
         """False when the lease is another's."""
         unstored = run.items.unstored
         if not unstored:
             return True
-        is_ours = self.store.keep(
+        is_ours = await self.store.keep(
             run.delivery.id,
             run.token,
             unstored,
@@ -263,20 +270,28 @@ class AttemptRunner:
             run.items.are_stored()
         return is_ours
 
-    def _tell_items(self, run: _Run, received_at_ns: int) -> None:
+    async def _tell_items(self, run: _Run, received_at_ns: int) -> None:
         """An attempt tells of the items that it ran, not of those before it."""
         if run.items.generation is None or not run.items.outcomes:
             return
         hand_over = HandOver(run.asked_at_ns, received_at_ns)
         outcomes, traced = run.items.outcomes, run.items.generation.traced
-        self.observer.generated(run.delivery, run.request, run.params, outcomes, hand_over, traced)
+        tell = partial(
+            self.observer.generated, run.delivery, run.request, run.params, outcomes, hand_over, traced
+        )
+        if run.items.are_many:  # the other attempts' loop must not stand still for so many spans
+            await asyncio.to_thread(tell)
+        else:
+            tell()
 
-    def _settle(self, delivery: Delivery, token: LeaseToken, settlement: Settlement) -> Verdict:
-        return self._tell(delivery, settlement, self._store(delivery, token, settlement))
+    async def _settle(self, delivery: Delivery, token: LeaseToken, settlement: Settlement) -> Verdict:
+        return self._tell(delivery, settlement, await self._store(delivery, token, settlement))
 
-    def _store(self, delivery: Delivery, token: LeaseToken, settlement: Settlement) -> SettleOutcome | None:
+    async def _store(
+        self, delivery: Delivery, token: LeaseToken, settlement: Settlement
+    ) -> SettleOutcome | None:
         with self.observer.settling(delivery):
-            outcome = self._insist(
+            outcome = await self._insist(
                 lambda: self.store.settle(
                     delivery.id, token, settlement, now=self.clock.now(), message_tag=delivery.tag
                 )
@@ -291,7 +306,7 @@ class AttemptRunner:
         self.observer.settled(delivery, settlement, outcome)
         return Verdict.ACKNOWLEDGE
 
-    def _give_back(
+    async def _give_back(
         self,
         delivery: Delivery,
         claim: Claim,
@@ -302,7 +317,7 @@ class AttemptRunner:
     ) -> Verdict:
         """An attempt that is forgiven is nobody's failure, and repeated at once."""
         pause_seconds = 0.0 if is_forgiven else self.pause.seconds_after(claim.attempt - claim.forgiven)
-        outcome = self._release(
+        outcome = await self._release(
             delivery, token, failure, is_forgiven=is_forgiven, pause_seconds=pause_seconds
         )
         if outcome is SettleOutcome.WAITING:
@@ -313,7 +328,7 @@ class AttemptRunner:
             self.observer.given_back(delivery, failure)
         return Verdict.ACKNOWLEDGE if outcome is not SettleOutcome.SETTLED else Verdict.REQUEUE
 
-    def _release(
+    async def _release(
         self,
         delivery: Delivery,
         token: LeaseToken,
@@ -322,9 +337,9 @@ class AttemptRunner:
         is_forgiven: bool = False,
         pause_seconds: float = 0.0,
     ) -> SettleOutcome | None:
-        def release() -> SettleOutcome:
+        async def release() -> SettleOutcome:
             now = self.clock.now()
-            return self.store.release(
+            return await self.store.release(
                 delivery.id,
                 token,
                 now=now,
@@ -335,19 +350,26 @@ class AttemptRunner:
             )
 
         with self.observer.giving_back(delivery.id):
-            return self._insist(release, max_tries=3)
+            return await self._insist(release, max_tries=3)
 
-    def _insist(self, act: Callable[[], T], *, max_tries: int | None = None) -> T | None:
+    async def _insist(self, act: Callable[[], Awaitable[T]], *, max_tries: int | None = None) -> T | None:
         """Repeat a repeatable act until the store answers; None when the worker stops first."""
         tries = 0
         while True:
             try:
-                return act()
+                return await act()
             except StoreUnavailable as error:
                 tries += 1
-                if tries == max_tries or self.is_stopping.wait(min(5.0, 0.2 * 2**tries)):
+                if tries == max_tries or await self._stops_within(min(5.0, 0.2 * 2**tries)):
                     logger.warning("gave up on the job store: %s", error)
                     return None
+
+    async def _stops_within(self, seconds: float) -> bool:
+        """True as soon as the worker stops; the event is another thread's."""
+        deadline = monotonic() + seconds
+        while not (is_stopping := self.is_stopping.is_set()) and monotonic() < deadline:
+            await asyncio.sleep(min(STOP_CHECK_SECONDS, deadline - monotonic()))
+        return is_stopping
 
 
 def engine_requests(run: _Run) -> tuple[EngineRequest, ...]:

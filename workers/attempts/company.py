@@ -11,9 +11,9 @@ suspect. See docs/decisions/0005-jobs-that-kill-their-engine.md.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, InvalidStateError
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 COMPANY_OF_SUSPECTS = 8
@@ -56,11 +56,11 @@ class Company:
         self._grade = FRESH
         self._waiting: list[tuple[Grade, Place]] = []
 
-    @contextmanager
-    def join(self, grade: Grade, wait: Callable[[Place], None]) -> Iterator[None]:
-        """Be inside for the block; `wait` blocks until its argument is done, and may raise instead."""
+    @asynccontextmanager
+    async def join(self, grade: Grade, wait: Callable[[Place], Awaitable[None]]) -> AsyncIterator[None]:
+        """Be inside for the block; `wait` waits until its argument is done, and may raise instead."""
         try:
-            wait(self._ask(grade))
+            await wait(self._ask(grade))
         except BaseException:
             self._open()  # somebody may have waited behind us alone
             raise

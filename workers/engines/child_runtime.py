@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from time import monotonic
@@ -40,6 +41,10 @@ RESTART_LIMIT = 5
 """Engine deaths in a row, with no finished request between, after which the worker gives up."""
 
 
+_Outgoing = Abort | tuple[Generation, tuple[EngineRequest, ...]]
+"""What the engine is to be told."""
+
+
 class ChildRuntime:
     """The engine in a child process, watched and replaced."""
 
@@ -63,6 +68,7 @@ class ChildRuntime:
         self._on_steps = on_steps
         self._steps = steps
         self._table = GenerationTable()
+        self._outbox: queue.SimpleQueue[_Outgoing] = queue.SimpleQueue()
         self._lock = threading.Lock()  # one sender at a time, and the swap of the connection
         self._child: EngineChild | None = None
         self._is_up = threading.Event()
@@ -75,20 +81,18 @@ class ChildRuntime:
     def start(self) -> ModelFacts:
         facts = self._launch()
         threading.Thread(target=self._read, name="engine-reader", daemon=True).start()
+        threading.Thread(target=self._write, name="engine-writer", daemon=True).start()
         threading.Thread(target=self._watch, name="engine-watchdog", daemon=True).start()
         return facts
 
     def submit(self, requests: tuple[EngineRequest, ...]) -> Generation:
         generation = self._table.add(requests, self._steps.enter(requests))
-        self._wait_until_up()
-        if not generation.future.done() and not self._send(Add(requests)):
-            self._steps.leave(generation.request_ids)
-            self._table.fail(generation, EngineLost("engine_crashed", "the engine is being restarted"))
+        self._outbox.put((generation, requests))
         return generation
 
     def abort(self, generation: Generation) -> None:
         self._table.forget(generation)
-        self._send(Abort(generation.request_ids))
+        self._outbox.put(Abort(generation.request_ids))
 
     def is_healthy(self) -> bool:
         if self._is_stopping.is_set():
@@ -105,6 +109,28 @@ class ChildRuntime:
         if self._child is not None:
             self._child.close()
         self._table.fail_all(EngineLost("worker_shutdown", "the worker shuts down"))
+
+    def _write(self) -> None:
+        """Send what has come together as one message, which the engine takes when its step is over."""
+        while True:
+            first = self._outbox.get()
+            self._wait_until_up()
+            self._send_together([first, *self._all_waiting()])
+
+    def _all_waiting(self) -> Iterator[_Outgoing]:
+        with suppress(queue.Empty):
+            while True:
+                yield self._outbox.get_nowait()
+
+    def _send_together(self, outgoing: list[_Outgoing]) -> None:
+        added = [entry for entry in outgoing if not isinstance(entry, Abort) and not entry[0].future.done()]
+        aborted = [id for entry in outgoing if isinstance(entry, Abort) for id in entry.ids]
+        if added and not self._send(Add(tuple(request for _, requests in added for request in requests))):
+            for generation, _ in added:
+                self._steps.leave(generation.request_ids)
+                self._table.fail(generation, EngineLost("engine_crashed", "the engine is being restarted"))
+        if aborted:
+            self._send(Abort(tuple(aborted)))
 
     def _wait_until_up(self) -> None:
         """A replacement loads for as long as the first engine did; its jobs wait at the door."""

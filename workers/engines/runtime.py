@@ -1,7 +1,7 @@
-"""The engine as the worker's threads use it: hand over a job's requests, wait on a future.
+"""The engine as the worker's attempts use it: hand over a job's requests, wait on a future.
 
-    task thread ──submit──▶ Runtime ──Add──▶ engine
-                 ◀─future──  reader thread ◀─Progress─
+    attempt ──submit──▶ Runtime ──Add──▶ engine
+             ◀─future──  reader thread ◀─Progress─
 
 `workers.engines.child_runtime` keeps the engine in a process of its own and replaces it when it dies;
 `workers.engines.inline_runtime` runs the same loop on a thread, for tests and debugging.
@@ -46,7 +46,7 @@ class Runtime(Protocol):
         ...
 
     def submit(self, requests: tuple[EngineRequest, ...]) -> Generation:
-        """Traced steps link to the span that is current in the caller's thread."""
+        """Never blocks. Traced steps link to the span that is current where it is called."""
         ...
 
     def abort(self, generation: Generation) -> None:

@@ -1,6 +1,6 @@
 """Engine steps as spans: who is inside the engine, and which step let each of them in.
 
-    task thread ──enter──▶ StepTracer ◀──progressed── reader thread: draws; only then futures resolve
+    attempt ──enter──▶ StepTracer ◀──progressed── reader thread: draws; only then futures resolve
          └────────────── draws the request's prefill, linked to the step that admitted it ◀──┘
 
 A request is known from before the engine may see it until the engine says that it is gone, so that a step

@@ -104,7 +104,7 @@ class Backend(MemoryStore):
         if not created.replayed:
             self.created.append(job)
             if self.settles_at_once is not None:
-                self.settle_now(job.id, self.settles_at_once)
+                await self.settle_now(job.id, self.settles_at_once)
         if self.loses_answers:
             raise StoreUnavailable("the job store did not answer: ConnectionError")
         return created
@@ -124,15 +124,15 @@ class Backend(MemoryStore):
     async def ping(self) -> None:
         self._check()
 
-    def start(self, id: JobId) -> Any:
+    async def start(self, id: JobId) -> Any:
         """Claim as a worker would; returns the token and the request."""
         token = new_lease_token()
-        claim = self.claim(id, token, WORKER, now=SystemClock().now(), lease_seconds=30)
+        claim = await self.claim(id, token, WORKER, now=SystemClock().now(), lease_seconds=30)
         return token, claim.request
 
-    def settle_now(self, id: JobId, outcome: Callable[[JobRequest], Settlement] = answer) -> None:
-        token, request = self.start(id)
-        self.settle(id, token, outcome(request), now=SystemClock().now())
+    async def settle_now(self, id: JobId, outcome: Callable[[JobRequest], Settlement] = answer) -> None:
+        token, request = await self.start(id)
+        await self.settle(id, token, outcome(request), now=SystemClock().now())
 
 
 @dataclass

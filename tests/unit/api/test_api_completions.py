@@ -83,7 +83,7 @@ async def test_completion_answers_with_the_canonical_name_when_asked_by_alias(ap
 async def test_completion_is_pushed_when_the_job_ends_later(api: Any) -> None:
     call = asyncio.create_task(api.complete())
     id = await api.published()
-    api.backend.settle_now(id)
+    await api.backend.settle_now(id)
 
     assert (await call).status_code == 200
 
@@ -161,7 +161,7 @@ async def test_completion_answers_504_not_to_be_repeated_when_the_job_expires(ap
     call = asyncio.create_task(api.complete())
     id = await api.published()
     api.backend._records[id]["expires_at"] = "1.0"
-    api.backend.start(id)
+    await api.backend.start(id)
 
     reply = await call
     assert reply.status_code == 504
@@ -203,7 +203,7 @@ async def test_completion_is_answered_when_the_store_is_away_for_a_moment_at_the
         return await get(id, with_result=with_result)
 
     api.backend.get = get_at_the_third_try
-    api.backend.settle_now(id)
+    await api.backend.settle_now(id)
 
     assert (await call).status_code == 200
 

@@ -102,6 +102,6 @@ async def test_no_header_makes_a_request_fail_on_our_side(api: Any, name: str, v
 @FUZZ
 async def test_no_wait_makes_a_poll_fail_on_our_side(api: Any, wait: str) -> None:
     id = (await api.submit()).json()["id"]
-    api.backend.settle_now(id)
+    await api.backend.settle_now(id)
 
     _check(await api.client.get(f"/v1/jobs/{id}", params={"wait": wait}))

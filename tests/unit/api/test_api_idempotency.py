@@ -27,7 +27,7 @@ async def test_same_key_and_body_give_the_same_job(api: Any) -> None:
 
 async def test_replay_answers_200_when_the_job_has_ended(api: Any) -> None:
     id = (await _submit(api, KEY)).json()["id"]
-    api.backend.settle_now(JobId(id))
+    await api.backend.settle_now(JobId(id))
 
     again = await _submit(api, KEY)
 
@@ -101,7 +101,7 @@ async def test_repeat_finds_the_job_when_only_the_first_answer_was_lost(api: Any
 
 async def test_repeat_of_a_running_job_publishes_nothing(api: Any) -> None:
     id = (await _submit(api, KEY)).json()["id"]
-    api.backend.start(JobId(id))
+    await api.backend.start(JobId(id))
 
     await _submit(api, KEY)
 
@@ -123,7 +123,7 @@ async def test_completion_with_a_key_goes_on_after_its_wait_and_answers_the_repe
     async with start_api(backend, sync_wait_seconds=0.02) as api:
         timed_out = await api.complete(headers=KEY)
         state = await api.state(api.last)
-        backend.settle_now(api.last)
+        await backend.settle_now(api.last)
         again = await api.complete(headers=KEY)
 
     assert timed_out.status_code == 504

@@ -82,7 +82,7 @@ async def test_completion_of_which_all_prompts_failed_may_be_retried_when_one_of
 async def test_job_counts_its_prompts_and_tells_each_that_failed(api: Any, answers: Any) -> None:
     id = (await api.submit(prompt=PROMPTS)).json()["id"]
     waiting = (await api.client.get(f"/v1/jobs/{id}")).json()
-    api.backend.settle_now(JobId(id), failing(answers, {0: TOO_LONG, 2: PASSING}))
+    await api.backend.settle_now(JobId(id), failing(answers, {0: TOO_LONG, 2: PASSING}))
 
     job = (await api.client.get(f"/v1/jobs/{id}")).json()
     result = await api.client.get(f"/v1/jobs/{id}/result")
@@ -99,7 +99,7 @@ async def test_job_counts_its_prompts_and_tells_each_that_failed(api: Any, answe
 
 async def test_failed_job_tells_why_each_prompt_failed(api: Any, answers: Any) -> None:
     id = (await api.submit(prompt=PROMPTS)).json()["id"]
-    api.backend.settle_now(JobId(id), failing(answers, {0: TOO_LONG, 1: PASSING, 2: TOO_LONG}))
+    await api.backend.settle_now(JobId(id), failing(answers, {0: TOO_LONG, 1: PASSING, 2: TOO_LONG}))
 
     job = (await api.client.get(f"/v1/jobs/{id}")).json()
     result = await api.client.get(f"/v1/jobs/{id}/result")
@@ -112,12 +112,12 @@ async def test_failed_job_tells_why_each_prompt_failed(api: Any, answers: Any) -
 
 async def test_running_job_counts_the_prompts_that_have_ended(api: Any, answers: Any) -> None:
     id = JobId((await api.submit(prompt=PROMPTS)).json()["id"])
-    token, request = api.backend.start(id)
-    api.backend.keep(id, token, {1: answers(request).result.items[1]}, completed=1, failed=0)
+    token, request = await api.backend.start(id)
+    await api.backend.keep(id, token, {1: answers(request).result.items[1]}, completed=1, failed=0)
 
     running = (await api.client.get(f"/v1/jobs/{id}")).json()
     await api.client.post(f"/v1/jobs/{id}/cancel")
-    api.backend.settle(id, token, Settlement(JobState.CANCELLED), now=1.0)
+    await api.backend.settle(id, token, Settlement(JobState.CANCELLED), now=1.0)
     cancelled = (await api.client.get(f"/v1/jobs/{id}")).json()
 
     assert running["request_counts"] == {"total": 3, "completed": 1, "failed": 0}
@@ -133,7 +133,7 @@ async def test_running_job_counts_the_prompts_that_have_ended(api: Any, answers:
 
 async def test_prompt_that_fails_by_itself_is_the_jobs_own_error(api: Any, worker_fails: Any) -> None:
     id = (await api.submit()).json()["id"]
-    api.backend.settle_now(JobId(id), worker_fails("invalid_request", retryable=False))
+    await api.backend.settle_now(JobId(id), worker_fails("invalid_request", retryable=False))
 
     job = (await api.client.get(f"/v1/jobs/{id}")).json()
 

@@ -105,7 +105,7 @@ async def test_submit_applies_what_it_knows_of_prefer(api: Any, prefer: str, app
 
 async def test_read_shows_the_result_and_the_times_once_completed(api: Any) -> None:
     id = (await api.submit(n=2, prompt=["ab", "cd"])).json()["id"]
-    api.backend.settle_now(JobId(id))
+    await api.backend.settle_now(JobId(id))
 
     reply = await api.client.get(f"/v1/jobs/{id}")
 
@@ -125,7 +125,7 @@ async def test_read_shows_the_result_and_the_times_once_completed(api: Any) -> N
 
 async def test_read_shows_why_a_job_failed(api: Any, worker_fails: Any) -> None:
     id = (await api.submit()).json()["id"]
-    api.backend.settle_now(JobId(id), worker_fails("step_failed", retryable=True))
+    await api.backend.settle_now(JobId(id), worker_fails("step_failed", retryable=True))
 
     job = (await api.client.get(f"/v1/jobs/{id}")).json()
 
@@ -139,7 +139,7 @@ async def test_read_answers_304_until_the_job_changes(api: Any) -> None:
     tag = (await api.client.get(f"/v1/jobs/{id}")).headers["etag"]
 
     same = await api.client.get(f"/v1/jobs/{id}", headers={"If-None-Match": f'"other", W/{tag}'})
-    api.backend.settle_now(JobId(id))
+    await api.backend.settle_now(JobId(id))
     changed = await api.client.get(f"/v1/jobs/{id}", headers={"If-None-Match": tag})
 
     assert (same.status_code, same.content, same.headers["etag"]) == (304, b"", tag)
@@ -156,10 +156,10 @@ async def test_read_with_wait_answers_when_the_job_ends(api: Any, how: str) -> N
     poll = asyncio.create_task(api.client.get(f"/v1/jobs/{id}", **asked))
     await api.is_watched(JobId(id))
 
-    token, _ = api.backend.start(JobId(id))
+    token, _ = await api.backend.start(JobId(id))
     await api.client.post(f"/v1/jobs/{id}/cancel")
     assert not poll.done()
-    api.backend.release(JobId(id), token, now=0.0)
+    await api.backend.release(JobId(id), token, now=0.0)
 
     reply = await poll
     assert reply.json()["status"] == "cancelled"
@@ -168,7 +168,7 @@ async def test_read_with_wait_answers_when_the_job_ends(api: Any, how: str) -> N
 
 async def test_read_with_wait_answers_at_once_when_the_job_has_ended(api: Any) -> None:
     id = (await api.submit()).json()["id"]
-    api.backend.settle_now(JobId(id))
+    await api.backend.settle_now(JobId(id))
     started = monotonic()
 
     await api.client.get(f"/v1/jobs/{id}?wait=30")
@@ -188,7 +188,7 @@ async def test_read_refuses_a_wait_that_is_no_number(api: Any) -> None:
 async def test_result_is_the_bare_completion_when_completed(api: Any) -> None:
     id = (await api.submit()).json()["id"]
     early = await api.client.get(f"/v1/jobs/{id}/result")
-    api.backend.settle_now(JobId(id))
+    await api.backend.settle_now(JobId(id))
     late = await api.client.get(f"/v1/jobs/{id}/result")
 
     assert (early.status_code, early.json()["object"]) == (202, "job")
@@ -201,7 +201,7 @@ async def test_result_answers_409_not_to_be_repeated_when_the_job_has_none(
     api: Any, worker_fails: Any
 ) -> None:
     failed, cancelled = [(await api.submit()).json()["id"] for _ in range(2)]
-    api.backend.settle_now(JobId(failed), worker_fails("step_failed", retryable=True))
+    await api.backend.settle_now(JobId(failed), worker_fails("step_failed", retryable=True))
     await api.client.post(f"/v1/jobs/{cancelled}/cancel")
 
     for id, code in ((failed, "job_failed"), (cancelled, "job_cancelled")):
@@ -222,7 +222,7 @@ async def test_cancel_ends_a_queued_job_at_once_and_may_be_repeated(api: Any) ->
 
 async def test_cancel_marks_a_running_job_as_cancelling(api: Any) -> None:
     id = (await api.submit()).json()["id"]
-    api.backend.start(JobId(id))
+    await api.backend.start(JobId(id))
 
     reply = await api.client.post(f"/v1/jobs/{id}/cancel")
 
@@ -232,7 +232,7 @@ async def test_cancel_marks_a_running_job_as_cancelling(api: Any) -> None:
 
 async def test_cancel_answers_409_when_the_job_had_ended(api: Any) -> None:
     id = (await api.submit()).json()["id"]
-    api.backend.settle_now(JobId(id))
+    await api.backend.settle_now(JobId(id))
 
     reply = await api.client.post(f"/v1/jobs/{id}/cancel")
 

@@ -24,7 +24,7 @@ async def test_job_and_its_result_link_to_the_page_of_the_trace_that_created_it(
 ) -> None:
     async with start_api(backend, trace_url_template=TEMPLATE) as api:
         submitted = await api.submit()
-        backend.settle_now(api.last)
+        await backend.settle_now(api.last)
         read = await api.client.get(f"/v1/jobs/{api.last}")
         result = await api.client.get(f"/v1/jobs/{api.last}/result")
 
@@ -68,7 +68,7 @@ async def test_failed_job_links_to_its_trace_in_its_error(
 ) -> None:
     async with start_api(backend, trace_url_template=TEMPLATE) as api:
         submitted = await api.submit()
-        backend.settle_now(api.last, worker_fails("invalid_request", retryable=False))
+        await backend.settle_now(api.last, worker_fails("invalid_request", retryable=False))
         reply = await api.client.get(f"/v1/jobs/{api.last}")
 
     assert reply.json()["error"]["trace"] == page_of(submitted)

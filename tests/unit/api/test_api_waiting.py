@@ -37,10 +37,10 @@ class CutStore(MemoryStore):
             raise StoreUnavailable("cut")
         return await super().watch(id, replica)
 
-    def end(self, id: JobId) -> None:
+    async def end(self, id: JobId) -> None:
         token = new_lease_token()
-        self.claim(id, token, WorkerId("worker-1"), now=0.0, lease_seconds=30)
-        self.settle(id, token, completed(), now=1.0)
+        await self.claim(id, token, WorkerId("worker-1"), now=0.0, lease_seconds=30)
+        await self.settle(id, token, completed(), now=1.0)
 
 
 @asynccontextmanager
@@ -73,7 +73,7 @@ async def test_200_waiters_are_told_by_one_reader() -> None:
         await _until_waiting(reader, store, ids)
         num_reads = store.num_reads
         for id in reversed(ids):
-            store.end(id)
+            await store.end(id)
 
         assert await asyncio.gather(*waits) == [WaitOutcome.ENDED] * 200
         assert store.num_reads - num_reads < 10
@@ -86,7 +86,7 @@ async def test_several_waiters_of_one_job_are_all_told() -> None:
     async with _running(store) as reader:
         waits = [asyncio.create_task(reader.wait(id, 30)) for _ in range(3)]
         await _until_waiting(reader, store, [id, id, id])
-        store.end(id)
+        await store.end(id)
 
         assert await asyncio.gather(*waits) == [WaitOutcome.ENDED] * 3
 
@@ -97,7 +97,7 @@ async def test_waiter_is_not_told_of_a_move_that_ends_nothing() -> None:
     async with _running(store) as reader:
         wait = asyncio.create_task(reader.wait(id, 0.1))
         await _until_waiting(reader, store, [id])
-        store.claim(id, new_lease_token(), WorkerId("worker-1"), now=0.0, lease_seconds=30)
+        await store.claim(id, new_lease_token(), WorkerId("worker-1"), now=0.0, lease_seconds=30)
 
         assert await wait is WaitOutcome.TIMED_OUT
 
@@ -105,7 +105,7 @@ async def test_waiter_is_not_told_of_a_move_that_ends_nothing() -> None:
 async def test_job_that_ended_or_never_was_is_not_waited_for() -> None:
     store = CutStore()
     (id,) = await _stored(store, 1)
-    store.end(id)
+    await store.end(id)
     reader = ReplyReader(store, store, REPLICA)  # nobody reads: there is nothing to wait for
 
     assert await reader.wait(id, 30) is WaitOutcome.ENDED
@@ -118,7 +118,7 @@ async def test_job_created_with_its_watcher_ends_though_it_was_settled_before_th
     async with _running(store) as reader:
         with reader.expect(job.id) as ending:
             await store.create(job, max_open=10)
-            store.end(job.id)
+            await store.end(job.id)
 
             assert await wait_for(ending, 30) is WaitOutcome.ENDED
 
@@ -134,7 +134,7 @@ async def test_nobody_is_lost_when_jobs_end_and_the_stream_is_lost_during_a_cut(
         await _until_waiting(reader, store, ids)
         store.is_cut = True
         for id in ids[:25]:
-            store.end(id)
+            await store.end(id)
         await store.forget_replica(REPLICA)
         num_reads = store.num_reads
         async with asyncio.timeout(5):
@@ -142,7 +142,7 @@ async def test_nobody_is_lost_when_jobs_end_and_the_stream_is_lost_during_a_cut(
                 await asyncio.sleep(0.001)
         store.is_cut = False
         for id in ids[25:]:
-            store.end(id)
+            await store.end(id)
 
         assert await asyncio.gather(*waits) == [WaitOutcome.ENDED] * 50
 
@@ -162,7 +162,7 @@ async def test_job_that_is_just_being_stored_during_a_cut_is_waited_for(
 
             assert not ending.done()
             await store.create(job, max_open=10)
-            store.end(job.id)
+            await store.end(job.id)
             assert await wait_for(ending, 5) is WaitOutcome.ENDED
 
 
@@ -203,7 +203,7 @@ async def test_waiter_is_told_without_its_stream_when_states_are_read_again(
         wait = asyncio.create_task(reader.wait(id, 30))
         await _until_waiting(reader, store, [id])
         store._records[id].pop("watchers")
-        store.end(id)
+        await store.end(id)
 
         assert await wait is WaitOutcome.ENDED
 
@@ -224,7 +224,7 @@ async def test_reader_goes_on_after_an_error_that_nobody_foresaw(
     async with _running(store) as reader:
         wait = asyncio.create_task(reader.wait(id, 30))
         await _until_waiting(reader, store, [id])
-        store.end(id)
+        await store.end(id)
 
         assert await wait is WaitOutcome.ENDED
     assert "ValueError" in caplog.text

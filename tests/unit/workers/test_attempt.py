@@ -96,7 +96,7 @@ class Bench:
 
     async def run(self, **job: object) -> tuple[Verdict, JobId]:
         id = await self.create(**job)
-        return self.deliver(id), id
+        return await self.deliver(id), id
 
     async def create(self, **job: object) -> JobId:
         new = new_job(**job)
@@ -108,8 +108,8 @@ class Bench:
         assert job is not None
         return job
 
-    def deliver(self, id: JobId) -> Verdict:
-        return self.runner.run(Delivery(id, new_job().queue, None, True, Context()))
+    async def deliver(self, id: JobId) -> Verdict:
+        return await self.runner.run(Delivery(id, new_job().queue, None, True, Context()))
 
     async def state(self, id: JobId) -> tuple[JobState, str | None]:
         job = await self.store.get(id)
@@ -165,13 +165,15 @@ async def test_attempt_tells_a_lost_lease_when_its_engine_dies_after_another_too
 ) -> None:
     id = await bench.create()
 
-    def taken(request: EngineRequest) -> None:
-        claim = bench.store.claim(id, new_lease_token(), WorkerId("w2"), now=NOW + 100, lease_seconds=9)
-        assert claim.attempt == 2
+    bench.runtime.ends = lambda request: None
+    running = asyncio.create_task(bench.deliver(id))
+    while not bench.runtime.asked:
+        await asyncio.sleep(0)
+    claim = await bench.store.claim(id, new_lease_token(), WorkerId("w2"), now=NOW + 100, lease_seconds=9)
+    assert claim.attempt == 2
+    bench.runtime.table.fail_all(EngineLost("engine_hung", "no word for 60 s"))
 
-    bench.runtime.error, bench.runtime.ends = EngineLost("engine_hung", "no word for 60 s"), taken
-
-    verdict = bench.deliver(id)
+    verdict = await running
 
     assert verdict is Verdict.ACKNOWLEDGE
     assert (await bench.read(id)).attempts == 2, "the job is the other's"
@@ -244,7 +246,7 @@ async def test_item_that_may_be_tried_again_is_run_alone_in_the_next_attempt(ben
 
     bench.runtime.ends = lambda request: output(request.id)
     bench.store.advance(now=NOW + 100)
-    bench.deliver(id)
+    await bench.deliver(id)
 
     job = await bench.read(id)
     assert bench.runtime.asked == [(10, 11, 12, 13), (12,)]
@@ -262,8 +264,8 @@ async def test_item_that_fails_in_every_attempt_leaves_the_others_completed(benc
 
     _, id = await bench.run(request=many_prompts(4), max_attempts=2)
     bench.store.advance(now=NOW + 100)
-    bench.deliver(id)
-    bench.deliver(id)
+    await bench.deliver(id)
+    await bench.deliver(id)
 
     job = await bench.read(id)
     assert bench.runtime.asked == [(10, 11, 12, 13), (12,)]
@@ -285,11 +287,11 @@ async def test_items_that_ended_before_their_attempt_did_are_not_run_again(
     bench.runtime.error = ending
     id = await bench.create(request=many_prompts(4))
     with nullcontext() if isinstance(ending, EngineLost) else pytest.raises(JobStopped):
-        bench.deliver(id)
+        await bench.deliver(id)
     waiting = await bench.read(id)
 
     bench.runtime.error, bench.runtime.ends = None, lambda request: output(request.id)
-    bench.deliver(id)
+    await bench.deliver(id)
 
     assert waiting.items == ItemCounts(total=4, completed=2, failed=0)
     assert bench.runtime.asked == [(10, 11, 12, 13), (12, 13)]
@@ -304,7 +306,7 @@ async def test_items_that_could_not_be_stored_are_told_by_the_attempt_that_runs_
     def generated(_self: AttemptObserver, *arguments: Any) -> None:
         told.append(tuple(arguments[3]))
 
-    def unavailable(*_: object, **__: object) -> bool:
+    async def unavailable(*_: object, **__: object) -> bool:
         raise StoreUnavailable("away")
 
     monkeypatch.setattr(AttemptObserver, "generated", generated)
@@ -314,20 +316,20 @@ async def test_items_that_could_not_be_stored_are_told_by_the_attempt_that_runs_
     id = await bench.create(request=many_prompts(4))
     with monkeypatch.context() as context:
         context.setattr(bench.store, "keep", unavailable)
-        bench.deliver(id)
+        await bench.deliver(id)
 
     bench.runtime.error, bench.runtime.ends = None, lambda request: output(request.id)
-    bench.deliver(id)
+    await bench.deliver(id)
 
     assert told == [(0, 1, 2, 3)]
 
 
 async def test_job_whose_items_had_all_ended_is_settled_without_a_run(bench: Bench) -> None:
     id, lost = await bench.create(request=many_prompts(2)), new_lease_token()
-    bench.store.claim(id, lost, WORKER, now=NOW, lease_seconds=0.5)
-    bench.store.keep(id, lost, dict(enumerate(job_result().items * 2)), completed=2, failed=0)
+    await bench.store.claim(id, lost, WORKER, now=NOW, lease_seconds=0.5)
+    await bench.store.keep(id, lost, dict(enumerate(job_result().items * 2)), completed=2, failed=0)
 
-    bench.deliver(id)
+    await bench.deliver(id)
 
     assert bench.runtime.asked == []
     assert (await bench.read(id)).state is JobState.COMPLETED
@@ -339,19 +341,19 @@ async def test_items_are_stored_while_others_run_until_the_lease_is_lost(
     monkeypatch.setattr(attempt, "STORE_ITEMS_SECONDS", 0.01)
     bench.runtime.ends = lambda request: output(request.id) if request.prompt_token_ids[0] < 12 else None
     id = await bench.create(request=many_prompts(4))
-    running = asyncio.create_task(asyncio.to_thread(bench.deliver, id))
+    running = asyncio.create_task(bench.deliver(id))
     while (await bench.read(id)).items.completed < 2:
         await asyncio.sleep(0.005)
 
     token = new_lease_token()
-    second = bench.store.claim(id, token, WorkerId("w2"), now=NOW + 100, lease_seconds=9)
+    second = await bench.store.claim(id, token, WorkerId("w2"), now=NOW + 100, lease_seconds=9)
     late = bench.runtime.requests[2]
     bench.runtime.table.take(output(late.id))
 
     assert await running is Verdict.ACKNOWLEDGE
     assert len(bench.runtime.aborted) == 1
     assert sorted(second.items) == [0, 1]
-    again = bench.store.claim(id, token, WorkerId("w2"), now=NOW + 100, lease_seconds=9)
+    again = await bench.store.claim(id, token, WorkerId("w2"), now=NOW + 100, lease_seconds=9)
     assert sorted(again.items) == [0, 1], "a late attempt stored an item"
 
 
@@ -398,7 +400,7 @@ async def test_message_of_a_cancelled_job_is_acknowledged_without_a_run(bench: B
     await bench.store.create(new, max_open=10)
     await bench.store.cancel(new.id, now=NOW)
 
-    verdict = bench.runner.run(Delivery(new.id, new.queue, None, True, Context()))
+    verdict = await bench.runner.run(Delivery(new.id, new.queue, None, True, Context()))
 
     assert verdict is Verdict.ACKNOWLEDGE
     assert await bench.state(new.id) == (JobState.CANCELLED, None)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 from concurrent.futures import Future
@@ -18,17 +19,17 @@ class Guest:
         self.is_inside, self.may_leave = threading.Event(), threading.Event()
         self.place: Future[None] | None = None
         self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._visit, daemon=True)
+        self.thread = threading.Thread(target=lambda: asyncio.run(self._visit()), daemon=True)
         self.thread.start()
         wait_until(lambda: self.place is not None, timeout_seconds=5, what="the guest is at the door")
 
-    def _wait(self, place: Future[None]) -> None:
+    async def _wait(self, place: Future[None]) -> None:
         self.place = place
         place.result(timeout=10)
 
-    def _visit(self) -> None:
+    async def _visit(self) -> None:
         try:
-            with self.company.join(self.grade, self._wait):
+            async with self.company.join(self.grade, self._wait):
                 self.is_inside.set()
                 self.may_leave.wait(10)
         except BaseException as error:
@@ -122,8 +123,11 @@ def test_grades_never_mix_and_everybody_gets_in_whatever_comes(seed: int) -> Non
     company, inside, lock = Company(), [], threading.Lock()
     mixtures: list[list[Grade]] = []
 
-    def visit(grade: Grade) -> None:
-        with company.join(grade, lambda place: place.result(timeout=20)):
+    async def wait(place: Future[None]) -> None:
+        place.result(timeout=20)
+
+    async def visit(grade: Grade) -> None:
+        async with company.join(grade, wait):
             with lock:
                 inside.append(grade)
                 mixtures.append(list(inside))
@@ -132,7 +136,7 @@ def test_grades_never_mix_and_everybody_gets_in_whatever_comes(seed: int) -> Non
                 inside.remove(grade)
 
     grades = [rng.choice([FRESH, SUSPECT, ALONE]) for _ in range(60)]
-    threads = [threading.Thread(target=visit, args=(grade,)) for grade in grades]
+    threads = [threading.Thread(target=asyncio.run, args=(visit(grade),)) for grade in grades]
     for thread in threads:
         thread.start()
     for thread in threads:

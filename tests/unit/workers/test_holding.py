@@ -33,7 +33,7 @@ class Bench:
         job = new_job(expires_at=expires_at)
         await self.store.create(job, max_open=10)
         token = new_lease_token()
-        self.store.claim(job.id, token, WORKER, now=self.clock.now(), lease_seconds=9)
+        await self.store.claim(job.id, token, WORKER, now=self.clock.now(), lease_seconds=9)
         return HeldJob(job.id, token, expires_at, self.ended.append)
 
 
@@ -51,7 +51,7 @@ async def test_renewal_keeps_a_held_job_from_others(bench: Bench) -> None:
         bench.holding.renew()
         bench.clock.time += 8
 
-        other = bench.store.claim(
+        other = await bench.store.claim(
             job.id, new_lease_token(), WorkerId("w2"), now=bench.clock.now(), lease_seconds=9
         )
 
@@ -66,7 +66,7 @@ async def test_job_let_go_is_renewed_no_more(bench: Bench) -> None:
     bench.clock.time += 10
     bench.holding.renew()
 
-    other = bench.store.claim(
+    other = await bench.store.claim(
         job.id, new_lease_token(), WorkerId("w2"), now=bench.clock.now(), lease_seconds=9
     )
 
@@ -77,7 +77,9 @@ async def test_attempt_ends_when_another_worker_has_the_lease(bench: Bench) -> N
     job = await bench.claimed_job()
     with bench.holding.hold(job):
         bench.clock.time += 10
-        bench.store.claim(job.id, new_lease_token(), WorkerId("w2"), now=bench.clock.now(), lease_seconds=9)
+        await bench.store.claim(
+            job.id, new_lease_token(), WorkerId("w2"), now=bench.clock.now(), lease_seconds=9
+        )
         bench.holding.renew()
 
     assert [type(error) for error in bench.ended] == [LeaseLost]

@@ -226,7 +226,7 @@ async def test_renewals_are_counted_by_what_the_store_said(bench: Bench) -> None
     job = new_job()
     await store.create(job, max_open=10)
     token = new_lease_token()
-    store.claim(job.id, token, WorkerId("w1"), now=NOW, lease_seconds=9)
+    await store.claim(job.id, token, WorkerId("w1"), now=NOW, lease_seconds=9)
     kept = HeldJob(job.id, token, None, ended.append)
     gone = HeldJob(JobId("job_gone"), new_lease_token(), None, ended.append)
 
