@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ HIDDEN, INTERMEDIATE = 4096, 14336
 # More than the 60 MB of an H200's second level cache: a step's inputs were evicted since the last one.
 COLD_BYTES = 256 * 2**20
 
+T = TypeVar("T")
 Unit = Literal["GB/s", "TFLOP/s"]
 
 
@@ -32,12 +34,14 @@ class Case:
     """Attributes:
     work: bytes that must move, or floating point operations.
     ways: by name; the first is ours.
+    num_copies: of its inputs, which calls take in turn, so that none is in a cache.
     """
 
     name: str
     unit: Unit
     work: float
     ways: dict[str, Callable[[], object]]
+    num_copies: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +64,19 @@ class Pages:
         return cls(keys, values, tables, lengths)
 
 
-def seconds_of(call: Callable[[], object], rounds: int) -> float:
+class Turns(Generic[T]):
+    """Things to take one after the other, for ever."""
+
+    def __init__(self, things: Iterable[T]) -> None:
+        self._things = itertools.cycle(tuple(things))
+
+    def next(self) -> T:
+        return next(self._things)
+
+
+def seconds_of(call: Callable[[], object], rounds: int, num_copies: int = 1) -> float:
     """Median time of a call on the device, without the host's part of it: the calls are in one graph."""
-    calls = 5
+    calls = max(5, num_copies)
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -80,7 +94,7 @@ def seconds_of(call: Callable[[], object], rounds: int) -> float:
     return statistics.median(times)
 
 
-def rotated(num_bytes: int) -> int:
+def rotated(num_bytes: float) -> int:
     """How many copies of inputs, used in turn, keep each cold."""
     return max(1, math.ceil(COLD_BYTES / num_bytes))
 
@@ -96,35 +110,45 @@ def measure_limits(rounds: int) -> dict[Unit, float]:
 
 
 def decode_case(num_sequences: int, context_len: int) -> Case:
-    pages = Pages.random(num_sequences, context_len)
+    work = 4.0 * num_sequences * context_len * KV_HEADS * HEAD_DIM
+    num_copies = rotated(work)
+    copies = [Pages.random(num_sequences, context_len) for _ in range(num_copies)]
     query = torch.randn(num_sequences, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     out, scale = torch.empty_like(query), HEAD_DIM**-0.5
-    gathered = [
-        cache[pages.tables.long()].transpose(1, 2).flatten(2, 3)[:, :, :context_len].contiguous()
-        for cache in (pages.keys, pages.values)
-    ]
+    paged, contiguous = Turns(copies), Turns([gather(pages, context_len) for pages in copies])
 
     def ours() -> None:
+        pages = paged.next()
         cuda_ops.paged_attention_decode(
             out, query, pages.keys, pages.values, pages.tables, pages.lengths,
             max_context_len=context_len, scale=scale,
         )  # fmt: skip
 
-    def contiguous() -> Tensor:
-        return F.scaled_dot_product_attention(query.unsqueeze(2), *gathered, scale=scale, enable_gqa=True)
+    def plain() -> Tensor:
+        keys, values = contiguous.next()
+        return F.scaled_dot_product_attention(query.unsqueeze(2), keys, values, scale=scale, enable_gqa=True)
 
-    ways: dict[str, Callable[[], object]] = {"ours": ours, "SDPA, keys contiguous": contiguous}
+    ways: dict[str, Callable[[], object]] = {"ours": ours, "SDPA, keys contiguous": plain}
     if importlib.util.find_spec("flashinfer") is not None:
-        ways["FlashInfer"] = flashinfer_decode(pages, query, context_len)
-    work = 4.0 * num_sequences * context_len * KV_HEADS * HEAD_DIM
-    return Case(f"decode, {num_sequences} x {context_len}", "GB/s", work, ways)
+        theirs = Turns([flashinfer_decode(pages, query, context_len) for pages in copies])
+        ways["FlashInfer"] = lambda: theirs.next()()
+    return Case(f"decode, {num_sequences} x {context_len}", "GB/s", work, ways, num_copies)
+
+
+def gather(pages: Pages, context_len: int) -> tuple[Tensor, Tensor]:
+    """Keys and values, each `[num_sequences, KV_HEADS, context_len, HEAD_DIM]`."""
+    keys, values = (
+        cache[pages.tables.long()].transpose(1, 2).flatten(2, 3)[:, :, :context_len].contiguous()
+        for cache in (pages.keys, pages.values)
+    )
+    return keys, values
 
 
 def flashinfer_decode(pages: Pages, query: Tensor, context_len: int) -> Callable[[], object]:
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
     num_sequences, blocks_each = pages.tables.shape
-    workspace = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
+    workspace = torch.empty(128 * 2**20, dtype=torch.uint8, device="cuda")
     wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, kv_layout="HND", use_tensor_cores=True)
     starts = torch.arange(num_sequences + 1, dtype=torch.int32, device="cuda") * blocks_each
     last = torch.full((num_sequences,), (context_len - 1) % BLOCK_SIZE + 1, dtype=torch.int32, device="cuda")
@@ -150,10 +174,7 @@ def prefill_case(num_new: int, num_old: int) -> Case:
     ways: dict[str, Callable[[], object]] = {"ours": ours}
     if num_old == 0:
         heads = query.transpose(0, 1).unsqueeze(0)
-        keys, values = (
-            cache[pages.tables[0].long()].transpose(0, 1).flatten(1, 2)[None, :, :context_len].contiguous()
-            for cache in (pages.keys, pages.values)
-        )
+        keys, values = gather(pages, context_len)
         ways["SDPA, keys contiguous"] = lambda: F.scaled_dot_product_attention(
             heads, keys, values, is_causal=True, scale=scale, enable_gqa=True
         )
@@ -163,42 +184,31 @@ def prefill_case(num_new: int, num_old: int) -> Case:
 
 def row_cases(num_tokens: int) -> Iterator[Case]:
     weight = torch.randn(HIDDEN, device="cuda", dtype=torch.bfloat16)
-    inputs = Turns(
-        [
-            torch.randn(num_tokens, HIDDEN, device="cuda").bfloat16()
-            for _ in range(rotated(2 * num_tokens * HIDDEN))
-        ]
-    )
-    residual = torch.randn(num_tokens, HIDDEN, device="cuda").bfloat16()
+    work = 8.0 * num_tokens * HIDDEN
+    num_copies = rotated(work)
+    rows, residuals = (Turns(random_rows(num_tokens, HIDDEN, num_copies)) for _ in range(2))
     yield Case(
-        f"add_rms_norm, {num_tokens}", "GB/s", 8.0 * num_tokens * HIDDEN,
+        f"add_rms_norm, {num_tokens}", "GB/s", work,
         {
-            "ours": lambda: cuda_ops.add_rms_norm(inputs.next(), residual, weight, 1e-5),
-            "torch add and norm": lambda: F.rms_norm(residual.add_(inputs.next()), (HIDDEN,), weight, 1e-5),
+            "ours": lambda: cuda_ops.add_rms_norm(rows.next(), residuals.next(), weight, 1e-5),
+            "torch add and norm": lambda: F.rms_norm(
+                residuals.next().add_(rows.next()), (HIDDEN,), weight, 1e-5
+            ),
         },
+        num_copies,
     )  # fmt: skip
-    gates = Turns(
-        [
-            torch.randn(num_tokens, 2 * INTERMEDIATE, device="cuda").bfloat16()
-            for _ in range(rotated(4 * num_tokens * INTERMEDIATE))
-        ]
-    )
+    work = 6.0 * num_tokens * INTERMEDIATE
+    num_copies = rotated(work)
+    gates = Turns(random_rows(num_tokens, 2 * INTERMEDIATE, num_copies))
     yield Case(
-        f"silu_and_mul, {num_tokens}", "GB/s", 6.0 * num_tokens * INTERMEDIATE,
+        f"silu_and_mul, {num_tokens}", "GB/s", work,
         {"ours": lambda: cuda_ops.silu_and_mul(gates.next()), "torch": lambda: plain_gate(gates.next())},
+        num_copies,
     )  # fmt: skip
 
 
-class Turns:
-    """The same inputs several times over, taken in turn so that none is in cache."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self._tensors = tensors
-        self._taken = 0
-
-    def next(self) -> Tensor:
-        self._taken += 1
-        return self._tensors[self._taken % len(self._tensors)]
+def random_rows(num_tokens: int, size: int, num_copies: int) -> list[Tensor]:
+    return [torch.randn(num_tokens, size, device="cuda").bfloat16() for _ in range(num_copies)]
 
 
 def plain_gate(x: Tensor) -> Tensor:
@@ -235,7 +245,7 @@ def main() -> None:
     print("| kernel | way | µs | rate | of the limit |\n|---|---|---|---|---|")
     for case in cases(is_short=options.short):
         for way, call in case.ways.items():
-            seconds = seconds_of(call, options.rounds)
+            seconds = seconds_of(call, options.rounds, case.num_copies)
             rate = case.work / seconds / (1e9 if case.unit == "GB/s" else 1e12)
             share = rate / limits[case.unit]
             print(

@@ -20,6 +20,8 @@ from tests.support.kernel_calls import calls_of_models
 TABLE = Path("cuda_ops/cuda/resources.json")
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100", "sm_120")
 NUM_PROCESSES = 2
+# By content: only what changed is compiled again.
+CACHE = Path("tests/support/emulator/build/cubins")
 
 Resources = dict[str, dict[str, dict[str, int]]]
 """By variant and architecture: registers a thread, bytes spilled, bytes of static shared memory."""
@@ -72,7 +74,7 @@ def nvrtc_version() -> str:
 def _resources(job: tuple[Variant, str]) -> dict[str, int]:
     variant, arch = job
     # A file's kernels are all in its log; the variant is one of them.
-    log = Compiler(arch, None).compile(variant).log.partition(f"entry function '{variant.entry}'")[2]
+    log = Compiler(arch, CACHE).compile(variant).log.partition(f"entry function '{variant.entry}'")[2]
     log = log.partition("entry function")[0]
     shared = _SHARED.search(log)
     used = _USED.search(log)
