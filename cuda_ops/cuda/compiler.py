@@ -126,12 +126,16 @@ class Compiler:
         return values[0] if values else None
 
 
-def cache_folder(environ: Mapping[str, str]) -> Path:
-    """Where compiled kernels are kept: `THROUGHLINE_KERNEL_CACHE`, or the user's cache folder."""
+def cache_folder(environ: Mapping[str, str]) -> Path | None:
+    """Where compiled kernels are kept: `THROUGHLINE_KERNEL_CACHE`, or the user's cache folder, if any."""
     if named := environ.get(CACHE_VARIABLE):
         return Path(named)
     base = environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "throughline" / "kernels"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "throughline" / "kernels"
+    except RuntimeError:
+        # A container's user without a home; a folder that others can write to is no place for code.
+        return None
 
 
 def _import_nvrtc() -> Any:

@@ -13,8 +13,8 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 # hadolint ignore=DL3013
 RUN pip install --no-cache-dir uv && \
     { UV_HTTP_RETRIES=0 uv pip install --system --no-cache --torch-backend "$TORCH_BACKEND" \
-        --constraint constraints.txt '.[worker]' || \
-      pip install --no-cache-dir --constraint constraints.txt '.[worker]'; } && \
+        --constraint constraints.txt '.[worker,cuda]' || \
+      pip install --no-cache-dir --constraint constraints.txt '.[worker,cuda]'; } && \
     rm -rf build ./*.egg-info
 
 # The compiler stays behind; what it made of the CPU kernels is copied.

@@ -82,7 +82,13 @@ def test_compile_error_names_the_kernel_and_carries_the_log() -> None:
     assert pickle.loads(pickle.dumps(caught.value)).log == caught.value.log
 
 
-def test_cache_folder_is_the_named_one_or_the_users() -> None:
+def test_cache_folder_is_the_named_one_or_the_users_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder({"THROUGHLINE_KERNEL_CACHE": "/x", "XDG_CACHE_HOME": "/y"}) == Path("/x")
     assert cache_folder({"XDG_CACHE_HOME": "/y"}) == Path("/y/throughline/kernels")
     assert cache_folder({}) == Path.home() / ".cache/throughline/kernels"
+
+    def has_no_home() -> Path:
+        raise RuntimeError
+
+    monkeypatch.setattr(Path, "home", has_no_home)
+    assert cache_folder({}) is None
