@@ -164,7 +164,7 @@ def model_options(command: Command) -> Command:
 
 
 def engine_options(command: Command) -> Command:
-    """--dtype, --device, --speculative-tokens, --batch-invariant, --trace-steps and --trace-slow-steps."""
+    """How the engine runs: its numbers, its devices, what it runs ahead, and which of its steps are drawn."""
     for option in (
         click.option(
             "--trace-slow-steps",
@@ -192,6 +192,13 @@ def engine_options(command: Command) -> Command:
             metavar="N",
             help="Run up to N tokens of a sequence ahead in a step, as they followed when the same words "
             "stood before: faster for text that repeats itself, the same tokens for all.  [default: 0]",
+        ),
+        click.option(
+            "--tensor-parallel-size",
+            type=click.IntRange(1, 64),
+            metavar="N",
+            help="Share the model out over N GPUs, from the one that --device names on; N divides its heads "
+            "and key heads.  [default: 1]",
         ),
         click.option(
             "--device",

@@ -31,6 +31,7 @@ class ServeOptions:
     trace_slow_steps_seconds: float | None = None
     speculative_tokens: int | None = None
     is_batch_invariant: bool = False
+    tensor_parallel_size: int | None = None
 
 
 def environment(options: ServeOptions, base: Mapping[str, str]) -> dict[str, str]:
@@ -49,6 +50,7 @@ def environment(options: ServeOptions, base: Mapping[str, str]) -> dict[str, str
         "THROUGHLINE_TRACE_SLOW_STEPS_SECONDS": _number(options.trace_slow_steps_seconds),
         "THROUGHLINE_SPECULATIVE_TOKENS": _number(options.speculative_tokens),
         "THROUGHLINE_BATCH_INVARIANT": "true" if options.is_batch_invariant else None,
+        "THROUGHLINE_TENSOR_PARALLEL_SIZE": _number(options.tensor_parallel_size),
         "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": options.otlp_traces_endpoint,
     }
     return {**base, **{name: value for name, value in given.items() if value}}

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Final, Literal, Protocol
@@ -26,9 +27,13 @@ from torch import Tensor
 
 from engine.errors import ModelLoadError
 from engine.model_config import ConfigFields
+from engine.shard import WHOLE, Shard
 
 WeightLayout = Literal["dense", "packed", "int8"]
 """Of dense layers: as in the file, in panels for the CPU's kernels, or that and rounded to int8."""
+
+Region = tuple[slice, ...]
+"""One slice for each axis."""
 
 _FLOAT_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -41,6 +46,12 @@ class TensorFile(Protocol):
 
     def read(self, name: str) -> Tensor:
         """Return a tensor that may share memory with the file."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read_region(self, name: str, region: Region) -> Tensor:
+        """As `read`, a part of a tensor; the rest is not read."""
         ...
 
 
@@ -58,6 +69,15 @@ class SafetensorsFile:
             tensor: Tensor = file.get_tensor(name)  # type: ignore[no-untyped-call]  # as above
             return tensor
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        with _open_safetensors(self.path) as file:
+            return tuple(file.get_slice(name).get_shape())  # type: ignore[no-untyped-call]  # as above
+
+    def read_region(self, name: str, region: Region) -> Tensor:
+        with _open_safetensors(self.path) as file:
+            tensor: Tensor = file.get_slice(name)[region]  # type: ignore[no-untyped-call]  # as above
+            return tensor
+
 
 class TorchFile:
     """A `torch.save` file; only tensors are unpickled, never code."""
@@ -71,6 +91,12 @@ class TorchFile:
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def read_region(self, name: str, region: Region) -> Tensor:
+        return self._tensors[name][region]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +113,8 @@ class Checkpoint:
 
     Attributes:
         on_read: Called with the bytes of each tensor once it is read.
+        shard: The rank's share that split tensors are taken by.
+        num_elements: Of the tensors taken so far, whole ones, whatever this rank's share of them is.
     """
 
     def __init__(
@@ -97,12 +125,15 @@ class Checkpoint:
         dtype: torch.dtype,
         device: torch.device,
         layout: WeightLayout,
+        shard: Shard = WHOLE,
     ) -> None:
         self._entries = dict(entries)
         self._source = source
         self.dtype = dtype
         self.device = device
         self.layout = layout
+        self.shard = shard
+        self.num_elements = 0
         self.on_read: Callable[[int], None] = lambda num_bytes: None
 
     @classmethod
@@ -114,6 +145,7 @@ class Checkpoint:
         dtype: torch.dtype,
         device: torch.device,
         layout: WeightLayout = "dense",
+        shard: Shard = WHOLE,
     ) -> Checkpoint:
         """Find the folder's tensors.
 
@@ -123,6 +155,7 @@ class Checkpoint:
             dtype: of every tensor taken.
             device: of every tensor taken.
             layout: of dense layers.
+            shard: of split tensors.
 
         Raises:
             ModelLoadError: no checkpoint, a part is missing, or a file is broken.
@@ -132,7 +165,7 @@ class Checkpoint:
             for file in _find_files(folder)
             for name in file.names()
         }
-        return cls(entries, str(folder), dtype=dtype, device=device, layout=layout)
+        return cls(entries, str(folder), dtype=dtype, device=device, layout=layout, shard=shard)
 
     @property
     def num_bytes(self) -> int:
@@ -168,6 +201,35 @@ class Checkpoint:
             self._read_into(rows, name)
         return target
 
+    def take_split(self, name: str, *shape: int, axis: int, num_parts: int = 1) -> Tensor:
+        """Return this rank's share of a tensor that is `shape` in the file, split along one axis.
+
+        `num_parts`: equal parts along that axis, each of which is split by itself.
+
+        Raises:
+            ModelLoadError: as `take`.
+        """
+        slices = self.shard.slices(shape[axis], num_parts)
+        length = slices[0].stop - slices[0].start
+        own = (*shape[:axis], num_parts * length, *shape[axis + 1 :])
+        target = torch.empty(own, dtype=self.dtype, device=self.device)
+        pairs = zip(torch.split(target, length, dim=axis), slices, strict=True)
+        self._read_regions(name, shape, [(part, _region(shape, axis, where)) for part, where in pairs])
+        return target
+
+    def take_split_rows(self, parts: Sequence[tuple[str, int]], *columns: int) -> Tensor:
+        """As `take_rows`, this rank's share of the rows of each part."""
+        return torch.cat([self.take_split(name, rows, *columns, axis=0) for name, rows in parts])
+
+    def take_vocabulary(self, name: str, num_rows: int, size: int) -> Tensor:
+        """This rank's rows of `[num_rows, size]`, with zeros where it has fewer than the first rank."""
+        own = self.shard.rows_of(num_rows)
+        most = -(-num_rows // self.shard.size)
+        target = torch.zeros((most, size), dtype=self.dtype, device=self.device)
+        region = (slice(own.start, own.stop), slice(0, size))
+        self._read_regions(name, (num_rows, size), [(target[: len(own)], region)])
+        return target
+
     def finish(self, *, ignored_endings: tuple[str, ...]) -> None:
         """Check that nothing was left behind.
 
@@ -185,20 +247,46 @@ class Checkpoint:
             )
 
     def _read_into(self, target: Tensor, name: str) -> None:
+        entry = self._pop(name)
+        source = entry.file.read(entry.full_name)
+        _check(entry, name, tuple(source.shape), tuple(target.shape), source.dtype)
+        target.copy_(source)
+        self.num_elements += source.numel()
+        self.on_read(source.nbytes)
+
+    def _read_regions(
+        self, name: str, shape: tuple[int, ...], wanted: Sequence[tuple[Tensor, Region]]
+    ) -> None:
+        entry = self._pop(name)
+        found = entry.file.shape(entry.full_name)
+        for target, region in wanted:
+            source = entry.file.read_region(entry.full_name, region)
+            _check(entry, name, found, shape, source.dtype)
+            target.copy_(source)
+            self.on_read(source.nbytes)
+        self.num_elements += prod(shape)
+
+    def _pop(self, name: str) -> _Entry:
         entry = self._entries.pop(name, None)
         if entry is None:
             raise ModelLoadError(self._source, f"tensor {name} is missing")
-        source = entry.file.read(entry.full_name)
-        where = str(entry.file.path)
-        if source.shape != target.shape:
-            raise ModelLoadError(
-                where,
-                f"tensor {name} has shape {list(source.shape)}, the config asks for {list(target.shape)}",
-            )
-        if source.dtype not in _FLOAT_DTYPES:
-            raise ModelLoadError(where, f"tensor {name} is {source.dtype}, which is not supported")
-        target.copy_(source)
-        self.on_read(source.nbytes)
+        return entry
+
+
+def _check(
+    entry: _Entry, name: str, found: tuple[int, ...], wanted: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    where = str(entry.file.path)
+    if found != wanted:
+        raise ModelLoadError(
+            where, f"tensor {name} has shape {list(found)}, the config asks for {list(wanted)}"
+        )
+    if dtype not in _FLOAT_DTYPES:
+        raise ModelLoadError(where, f"tensor {name} is {dtype}, which is not supported")
+
+
+def _region(shape: tuple[int, ...], axis: int, own: slice) -> Region:
+    return tuple(own if index == axis else slice(0, length) for index, length in enumerate(shape))
 
 
 def _find_files(folder: Path) -> list[TensorFile]:

@@ -31,6 +31,7 @@ class EngineConfig:
         kv_cache_bytes: Upper bound for the cache when `num_blocks` is `None`. A model so small that every
             running sequence at full length needs less gets less. `None` is 1 GiB on the CPU, and on a GPU
             what `gpu_memory_share` leaves.
+        tensor_parallel_size: Processes that share the model out, a GPU each from `device` on, or on the CPU.
         gpu_memory_share: Of a GPU's memory, what weights, cache and the largest step may take together.
         max_num_sequences: Sequences running at once; a request of n sequences takes n of these seats.
         max_num_batched_tokens: Token budget of one step. Not below `max_num_sequences`, so that everything
@@ -57,6 +58,7 @@ class EngineConfig:
     num_blocks: int | None = None
     kv_cache_bytes: int | None = None
     gpu_memory_share: float = 0.9
+    tensor_parallel_size: int = 1
     max_num_sequences: int = 256
     max_num_batched_tokens: int = 2048
     max_model_len: int | None = None
@@ -79,7 +81,7 @@ class EngineConfig:
         _check_choice("kernels", self.kernels, get_args(Kernels))
         for field in ("decode_graphs", "async_steps"):
             _check_choice(field, getattr(self, field), get_args(Switch))
-        for field in ("block_size", "max_num_sequences", "max_num_batched_tokens"):
+        for field in ("block_size", "tensor_parallel_size", "max_num_sequences", "max_num_batched_tokens"):
             _check_positive(field, getattr(self, field))
         for field in ("num_blocks", "kv_cache_bytes", "max_model_len", "num_threads"):
             if getattr(self, field) is not None:
@@ -90,6 +92,8 @@ class EngineConfig:
             raise ConfigError(
                 "is_batch_invariant", True, "must be off on any device but the CPU, and with decode_graphs"
             )
+        if self.is_batch_invariant and self.tensor_parallel_size > 1:
+            raise ConfigError("is_batch_invariant", True, "must be off with tensor_parallel_size above 1")
         if self.max_num_batched_tokens < self.max_num_sequences:
             raise ConfigError(
                 "max_num_batched_tokens",

@@ -10,21 +10,18 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import accumulate, count
 
-import torch
 from torch import Tensor
 
-from cuda_ops.errors import KernelsUnavailableError
-from cuda_ops.native import KernelsInUse, use_cuda_kernels, use_kernels
 from engine.admission import ModelInfo, check_request
 from engine.beam_progress import BeamProgress
 from engine.block_manager import BlockManager
-from engine.checkpoint import WeightLayout
 from engine.config import EngineConfig
 from engine.decoding import Decoding, TokensAhead, Turn
 from engine.device import choose_device, memory_for
 from engine.errors import ConfigError, EngineError, InvalidRequestError, InvariantError, StepError
+from engine.loading import load_for
 from engine.model_config import ModelConfig
-from engine.model_runner import Runner, count_parameters
+from engine.model_runner import Runner
 from engine.outputs import (
     Completion,
     Logprobs,
@@ -36,6 +33,7 @@ from engine.outputs import (
 )
 from engine.placement import Placement
 from engine.progress import RequestProgress
+from engine.ranks import Ranks, SharedPlacement
 from engine.sampled_progress import SampledProgress
 from engine.sampler import rank, score
 from engine.sampling import SamplingParams
@@ -44,7 +42,7 @@ from engine.sequence import Request, RequestStatus
 from engine.sequence import Sequence as TokenSequence
 from engine.stats import StepObserver, StepStats
 from engine.structured import GrammarCompiler
-from engine.weights import LoadedModel, LoadObserver, load_model
+from engine.weights import LoadedModel, LoadObserver
 
 __all__ = [
     "Completion",
@@ -75,12 +73,16 @@ class Engine:
         observer: StepObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
         loading: LoadObserver | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Raises ConfigError if the model and the configuration do not fit together, or DeviceMemoryError."""
         config = choose_device(config)
+        placement: Placement | SharedPlacement
         placement = Placement(loaded.model, config, _max_model_len(loaded.config, config))
+        if ranks is not None:
+            placement = SharedPlacement(placement, ranks)
         num_blocks = placement.num_blocks_affordable()
-        self.model_info = _describe(loaded, placement, num_blocks)
+        self.model_info = _describe(loaded, config, _max_model_len(loaded.config, config), num_blocks)
         self._blocks = BlockManager(
             self.model_info.num_blocks, config.block_size, keeps_prefixes=config.keeps_prefixes
         )
@@ -92,6 +94,7 @@ class Engine:
         )
         self._decoding = Decoding(self._scheduler, clock)
         self._runner: Runner = placement.make_runner(num_blocks, loading)
+        self._ranks = ranks
         self._config = config
         self._observer = observer
         self._clock = clock
@@ -122,18 +125,19 @@ class Engine:
             DeviceMemoryError: the GPU has no room for it.
         """
         config = choose_device(config)
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
-        in_use = _choose_kernels(config, loading)
-        with memory_for("load", config.device):
-            loaded = load_model(
-                config.model,
-                dtype=getattr(torch, config.activation_dtype),
-                device=torch.device(config.device),
-                layout=_choose_layout(config, in_use),
-                observer=loading,
-            )
-        return cls(loaded, config, observer=observer, loading=loading)
+        if config.tensor_parallel_size > 1:
+            ranks = Ranks.start(config)
+            try:
+                return cls(ranks.load(loading), config, observer=observer, loading=loading, ranks=ranks)
+            except BaseException:
+                ranks.close()
+                raise
+        return cls(load_for(config, loading), config, observer=observer, loading=loading)
+
+    def close(self) -> None:
+        """End the processes of the other ranks, where there are any; the engine is of no use afterwards."""
+        if self._ranks is not None:
+            self._ranks.close()
 
     def add_request(
         self,
@@ -359,39 +363,17 @@ def _max_model_len(model: ModelConfig, config: EngineConfig) -> int:
     return max_model_len
 
 
-def _describe(loaded: LoadedModel, placement: Placement, num_blocks: int) -> ModelInfo:
-    config = placement.config
+def _describe(loaded: LoadedModel, config: EngineConfig, max_model_len: int, num_blocks: int) -> ModelInfo:
     return ModelInfo(
         architecture=loaded.config.architecture,
         vocab_size=loaded.config.vocab_size,
-        max_model_len=placement.max_model_len,
+        max_model_len=max_model_len,
         eos_token_ids=loaded.generation_config.eos_token_ids,
         dtype=config.dtype,
         device=config.device,
-        num_parameters=count_parameters(loaded.model),
+        num_parameters=loaded.num_parameters,
         num_blocks=num_blocks,
         block_size=config.block_size,
         max_num_sequences=config.max_num_sequences,
         tokenizer=loaded.tokenizer,
     )
-
-
-def _choose_kernels(config: EngineConfig, loading: LoadObserver | None) -> KernelsInUse:
-    try:
-        in_use = use_kernels(config.kernels)
-        if config.is_on_gpu:
-            in_use = use_cuda_kernels(config.kernels)
-    except KernelsUnavailableError as error:
-        raise ConfigError("kernels", config.kernels, f"cannot be had: {error}") from error
-    if config.is_batch_invariant and in_use.level is None:
-        raise ConfigError("is_batch_invariant", True, f"needs native CPU kernels: {in_use.reason}")
-    if loading is not None:
-        device = "CUDA" if config.is_on_gpu else "CPU"
-        loading.on_stage(f"{device} kernels: {in_use.level or f'reference in plain torch ({in_use.reason})'}")
-    return in_use
-
-
-def _choose_layout(config: EngineConfig, in_use: KernelsInUse) -> WeightLayout:
-    if config.dtype == "int8":
-        return "int8"
-    return "packed" if config.device == "cpu" and in_use.has_fast_linear else "dense"

@@ -13,7 +13,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError, DeviceMemoryError, MemoryStage
 
 _REMEDIES: Final[Mapping[MemoryStage, str]] = {
-    "load": "dtype=bfloat16 halves the weights of float32; or take a smaller model",
+    "load": "dtype=bfloat16 halves the weights of float32, a larger tensor_parallel_size shares them out",
     "profile": "lower max_num_batched_tokens or max_num_sequences",
     "cache": "lower kv_cache_bytes or num_blocks, or leave both to gpu_memory_share",
     "capture": "lower gpu_memory_share or max_num_sequences, or set decode_graphs=off",
@@ -40,8 +40,9 @@ def _check_cuda(name: str, config: EngineConfig) -> str:
         raise ConfigError("device", config.device, "needs a CUDA device that torch can use")
     number = torch.device(name).index or 0
     num_devices = torch.cuda.device_count()
-    if number >= num_devices:
-        raise ConfigError("device", config.device, f"must be one of the {num_devices} there are")
+    if number + config.tensor_parallel_size > num_devices:
+        rule = f"needs {config.tensor_parallel_size} GPU(s) from number {number} on, there are {num_devices}"
+        raise ConfigError("device", config.device, rule)
     torch.cuda.set_device(number)
     return f"cuda:{number}"
 

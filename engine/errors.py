@@ -5,6 +5,7 @@
     ├── ModelLoadError          model_load_failed      no    the folder is missing, broken or unsupported
     ├── InvalidRequestError     invalid_request        no    the client asked for what cannot be done
     ├── DeviceMemoryError       out_of_memory          yes   the device has no room; a setting must change
+    ├── RankError               rank_lost              yes   a process of a tensor-parallel engine is gone
     ├── StepError               step_failed            yes   the model raised; the engine must be replaced
     └── InvariantError          invariant_broken       yes   our own accounting is wrong; the same
 
@@ -82,6 +83,12 @@ class DeviceMemoryError(EngineError):
 
     def __reduce__(self) -> tuple[type[DeviceMemoryError], tuple[str, MemoryStage, str]]:
         return type(self), (self.device, self.stage, self.remedy)
+
+
+class RankError(EngineError):
+    """Another process that shares the model has ended or failed; says which and how."""
+
+    reason: ClassVar[str] = "rank_lost"
 
 
 class StepError(EngineError):

@@ -18,6 +18,7 @@ class ModelConfig:
     Attributes:
         architecture: the class name in `config.json`'s `architectures`.
         num_kv_heads: heads that are cached; query heads are a multiple of them.
+        ffn_size: width inside the feed-forward block.
         max_position_embeddings: the longest context the model was made for, in tokens.
         eos_token_ids: any of them ends a sequence; empty when the model names none.
         bos_token_id: None when the model names none.
@@ -31,6 +32,7 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    ffn_size: int
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cuda_ops.dense import PackedWeight
 from engine.batch import BatchLayout, Feed, ModelInput, to_device
 from engine.kv_cache import KVCache
 from engine.models import CausalLM
@@ -60,44 +59,3 @@ class ModelRunner:
         if len(rows) != hidden.shape[0]:
             hidden = hidden[to_device(np.array(rows, dtype=np.int64), self._device)]
         return self._model.compute_logits(hidden)
-
-
-def count_parameters(model: CausalLM) -> int:
-    """Elements of the model's weights; tied ones count once, and so do those laid out a second time."""
-    weights: dict[int, Tensor | PackedWeight] = {}
-    _collect_weights(model, weights, set())
-    dense, laid_out = set(), []
-    for weight in weights.values():
-        if isinstance(weight, PackedWeight):
-            laid_out.append(torch.Size((weight.num_outputs, weight.num_inputs)))
-        elif weight.is_mkldnn:
-            laid_out.append(weight.shape)
-        else:
-            dense.add((weight.data_ptr(), weight.shape))
-    vocab_size = model.config.vocab_size
-    if model.config.tie_word_embeddings and any(shape[0] == vocab_size for _, shape in dense):
-        # The head is another layout of the embedding, which is there as well.
-        laid_out = [shape for shape in laid_out if shape[0] != vocab_size]
-    return sum(shape.numel() for shape in (*laid_out, *(shape for _, shape in dense)))
-
-
-def _collect_weights(part: object, weights: dict[int, Tensor | PackedWeight], seen: set[int]) -> None:
-    if id(part) in seen:
-        return
-    seen.add(id(part))
-    if isinstance(part, Tensor | PackedWeight):
-        weights[id(part)] = part
-        return
-    for member in _members(part):
-        _collect_weights(member, weights, seen)
-
-
-def _members(part: object) -> Sequence[object]:
-    if isinstance(part, list | tuple):
-        return part
-    module = type(part).__module__
-    # Rotary frequencies follow from the configuration, so they are no weights.
-    if not module.startswith("engine.") or module == "engine.layers.rotary":
-        return ()
-    slots = [getattr(part, name, None) for name in getattr(part, "__slots__", ())]
-    return [*slots, *getattr(part, "__dict__", {}).values()]

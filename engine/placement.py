@@ -130,7 +130,7 @@ class Placement:
 def cache_shape(model: ModelConfig, config: EngineConfig) -> KVCacheShape:
     return KVCacheShape(
         num_layers=model.num_layers,
-        num_kv_heads=model.num_kv_heads,
+        num_kv_heads=model.num_kv_heads // config.tensor_parallel_size,
         head_dim=model.head_dim,
         block_size=config.block_size,
         dtype=getattr(torch, config.activation_dtype),

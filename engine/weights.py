@@ -18,6 +18,7 @@ from engine.memory import freed_memory_goes_back
 from engine.model_config import ConfigFields, ModelConfig
 from engine.models import CausalLM
 from engine.models.registry import find_family
+from engine.shard import WHOLE, Shard
 from engine.tokenizer import Tokenizer
 
 
@@ -62,10 +63,15 @@ class GenerationConfig:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
+    """Attributes:
+    num_parameters: Of the whole model, tied weights counted once.
+    """
+
     model: CausalLM
     config: ModelConfig
     tokenizer: Tokenizer
     generation_config: GenerationConfig
+    num_parameters: int = 0
 
 
 def load_model(
@@ -75,6 +81,7 @@ def load_model(
     device: torch.device,
     layout: WeightLayout = "dense",
     observer: LoadObserver | None = None,
+    shard: Shard = WHOLE,
 ) -> LoadedModel:
     """Load a model in Hugging Face layout.
 
@@ -86,6 +93,7 @@ def load_model(
         device: where the model will run.
         layout: of the dense layers.
         observer: of the loading.
+        shard: which share of the weights is read.
 
     Raises:
         ModelLoadError: one line that names the file and what is wrong with it.
@@ -99,7 +107,7 @@ def load_model(
     _check_vocabulary(fields, tokenizer)
     observer.on_stage(f"loading the weights of {architecture}")
     checkpoint = Checkpoint.open(
-        folder, name_prefix=family.name_prefix, dtype=dtype, device=device, layout=layout
+        folder, name_prefix=family.name_prefix, dtype=dtype, device=device, layout=layout, shard=shard
     )
     count = _WeightCount(observer, checkpoint.num_bytes)
     checkpoint.on_read = count
@@ -107,7 +115,7 @@ def load_model(
         model = family.load(fields, architecture, checkpoint)
     count.finish()
     eos = _read_eos(folder) or model.config.eos_token_ids or tokenizer.eos_token_ids
-    return LoadedModel(model, model.config, tokenizer, GenerationConfig(eos))
+    return LoadedModel(model, model.config, tokenizer, GenerationConfig(eos), checkpoint.num_elements)
 
 
 def _read_eos(folder: Path) -> tuple[int, ...]:

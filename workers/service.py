@@ -67,6 +67,7 @@ def engine_runtime(
         model=settings.model_source,
         dtype=settings.dtype,
         device=settings.device,
+        tensor_parallel_size=settings.tensor_parallel_size,
         max_model_len=settings.max_model_len,
         max_num_sequences=settings.max_num_sequences,
         max_num_batched_tokens=max(settings.max_num_batched_tokens, settings.max_num_sequences),

@@ -28,6 +28,8 @@ class WorkerSettings(BaseSettings):
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     device: str = Field(default="cpu", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """`cuda` is the first GPU, `cuda:1` the second; `auto` takes the first if there is one."""
+    tensor_parallel_size: int = Field(default=1, ge=1, le=64)
+    """Processes that share the model out, a GPU each from `device` on."""
     max_model_len: int | None = Field(default=None, ge=1)
     max_num_sequences: int = Field(default=64, ge=1, le=4096)
     """Sequences that the engine runs at once."""

@@ -88,6 +88,7 @@ def command(
     trace_slow_steps: float | None,
     speculative_tokens: int | None,
     is_batch_invariant: bool,
+    tensor_parallel_size: int | None,
     state_dir: Path,
     grace_seconds: float,
     trace_viewer: bool,
@@ -118,6 +119,7 @@ def command(
         trace_slow_steps,
         speculative_tokens,
         is_batch_invariant,
+        tensor_parallel_size,
     )
     stack_options = StackOptions(serve, host, port, num_workers, grace_seconds)
     with ExitStack() as exits:

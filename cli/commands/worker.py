@@ -18,6 +18,7 @@ from cli.settings import ServeOptions
         "REDIS_URL=redis://127.0.0.1:6379/0 throughline worker",
         "throughline worker --redis-url redis://10.0.0.5:6379/0 --model ./opt-125m",
         "throughline worker --name gpu-1 --model meta-llama/Llama-3.2-1B --device cuda --dtype bfloat16",
+        "throughline worker --model ./llama-70b --device cuda --dtype bfloat16 --tensor-parallel-size 2",
     ),
 )
 @click.option(
@@ -39,6 +40,7 @@ def command(
     trace_slow_steps: float | None,
     speculative_tokens: int | None,
     is_batch_invariant: bool,
+    tensor_parallel_size: int | None,
 ) -> None:
     """Run one worker: an ordinary Celery worker whose tasks feed one continuously batching engine.
 
@@ -56,6 +58,7 @@ def command(
         trace_slow_steps,
         speculative_tokens,
         is_batch_invariant,
+        tensor_parallel_size,
     )
     environ = settings.with_project_importable(settings.environment(serve, os.environ))
     # Celery imports the app with its current folder first on the path, where another `workers` could lie.

@@ -8,7 +8,7 @@ they are met here only, and any build without them takes the plain path.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor
 import cuda_ops
 from cuda_ops.dense import PackedWeight, pack_weight, quantise_weight
 from engine.checkpoint import Checkpoint, WeightLayout
+from engine.shard import Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +27,12 @@ class Linear:
     Attributes:
         weight: `[num_outputs, num_inputs]`; opaque where oneDNN has laid it out.
         bias: `[num_outputs]`, or None.
+        sums_over: The ranks whose products are parts of a sum; None where each has outputs of its own.
     """
 
     weight: Tensor | PackedWeight
     bias: Tensor | None = None
+    sums_over: Shard | None = None
 
     @classmethod
     def lay_out(cls, weight: Tensor, bias: Tensor | None, layout: WeightLayout) -> Linear:
@@ -47,7 +50,19 @@ class Linear:
     def load(
         cls, checkpoint: Checkpoint, name: str, num_outputs: int, num_inputs: int, *, has_bias: bool
     ) -> Linear:
-        return cls.load_fused(checkpoint, [(name, num_outputs)], num_inputs, has_bias=has_bias)
+        """A layer that every rank has whole."""
+        weight = checkpoint.take(f"{name}.weight", num_outputs, num_inputs)
+        bias = checkpoint.take(f"{name}.bias", num_outputs) if has_bias else None
+        return cls.lay_out(weight, bias, checkpoint.layout)
+
+    @classmethod
+    def load_summed(
+        cls, checkpoint: Checkpoint, name: str, num_outputs: int, num_inputs: int, *, has_bias: bool
+    ) -> Linear:
+        """A layer that is split by its inputs, those being another layer's outputs."""
+        weight = checkpoint.take_split(f"{name}.weight", num_outputs, num_inputs, axis=1)
+        bias = checkpoint.take(f"{name}.bias", num_outputs) if has_bias else None
+        return cls.lay_out(weight, bias, checkpoint.layout).summed_over(checkpoint.shard)
 
     @classmethod
     def load_fused(
@@ -58,7 +73,7 @@ class Linear:
         *,
         has_bias: bool,
     ) -> Linear:
-        """Stack layers that read the same input into one product.
+        """Stack layers that read the same input into one product, split by the outputs of each.
 
         Args:
             checkpoint: holds `<name>.weight` and, with bias, `<name>.bias` of every part.
@@ -66,14 +81,23 @@ class Linear:
             num_inputs: of every part.
             has_bias: every part has one, or none.
         """
-        weight = checkpoint.take_rows([(f"{name}.weight", rows) for name, rows in parts], num_inputs)
-        bias: Tensor | None = None
-        if has_bias:
-            bias = checkpoint.take_rows([(f"{name}.bias", rows) for name, rows in parts])
+        take = checkpoint.take_rows if checkpoint.shard.is_whole else checkpoint.take_split_rows
+        weight = take([(f"{name}.weight", rows) for name, rows in parts], num_inputs)
+        bias = take([(f"{name}.bias", rows) for name, rows in parts]) if has_bias else None
         return cls.lay_out(weight, bias, checkpoint.layout)
+
+    def summed_over(self, shard: Shard) -> Linear:
+        """The same layer, of which this rank computes a part; the bias belongs to the first rank's."""
+        if shard.is_whole:
+            return self
+        return replace(self, bias=self.bias if shard.rank == 0 else None, sums_over=shard)
 
     def __call__(self, x: Tensor, *, gives_float32: bool = False) -> Tensor:
         """Map `[num_rows, num_inputs]` to `[num_rows, num_outputs]`, in the dtype of x or in float32."""
+        product = self._multiply(x, gives_float32=gives_float32)
+        return product if self.sums_over is None else self.sums_over.sum(product)
+
+    def _multiply(self, x: Tensor, *, gives_float32: bool) -> Tensor:
         if isinstance(self.weight, PackedWeight):
             return cuda_ops.linear(x, self.weight, self.bias, gives_float32=gives_float32)
         product: Tensor

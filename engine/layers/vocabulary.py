@@ -10,6 +10,7 @@ from torch import Tensor
 from cuda_ops.dense import PackedWeight, rows_of
 from engine.checkpoint import Checkpoint
 from engine.layers.linear import Linear
+from engine.shard import WHOLE, Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class Vocabulary:
         cls, checkpoint: Checkpoint, name: str, vocab_size: int, size: int, *, is_tied: bool
     ) -> Vocabulary:
         """Take the embeddings `name` and, unless they are tied, the head `lm_head.weight`."""
+        if not checkpoint.shard.is_whole:
+            return SplitVocabulary.load_split(checkpoint, name, vocab_size, size, is_tied=is_tied)
         embeddings = checkpoint.take(name, vocab_size, size)
         if not is_tied:
             return cls(embeddings, Linear.load(checkpoint, "lm_head", vocab_size, size, has_bias=False))
@@ -42,3 +45,36 @@ class Vocabulary:
     def logits(self, hidden: Tensor) -> Tensor:
         """Map `[num_rows, size]` to `[num_rows, vocab_size]` float32."""
         return self.head(hidden, gives_float32=True)
+
+
+@dataclass(frozen=True, slots=True)
+class SplitVocabulary(Vocabulary):
+    """A rank's share of the rows, and zeros up to as many as the first rank has.
+
+    Attributes:
+        shard: Whose.
+        vocab_size: Of all ranks.
+    """
+
+    shard: Shard = WHOLE
+    vocab_size: int = 0
+
+    @classmethod
+    def load_split(
+        cls, checkpoint: Checkpoint, name: str, vocab_size: int, size: int, *, is_tied: bool
+    ) -> SplitVocabulary:
+        embeddings = checkpoint.take_vocabulary(name, vocab_size, size)
+        head = embeddings if is_tied else checkpoint.take_vocabulary("lm_head.weight", vocab_size, size)
+        laid_out = Linear.lay_out(head, None, checkpoint.layout)
+        return cls(embeddings, laid_out, checkpoint.shard, vocab_size)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        own = self.shard.rows_of(self.vocab_size)
+        rows = token_ids - own.start
+        is_own = (rows >= 0) & (rows < len(own))
+        # Super without arguments does not work in a class with slots.
+        embedded = Vocabulary.embed(self, rows * is_own)
+        return self.shard.sum(embedded * is_own.unsqueeze(1))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.shard.gather_columns(Vocabulary.logits(self, hidden))[:, : self.vocab_size]

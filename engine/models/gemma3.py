@@ -37,7 +37,6 @@ class Gemma3Config(ModelConfig):
     """Attributes beyond every model's.
 
     Attributes:
-        ffn_size: width inside the feed-forward block.
         norm_eps: of every RMSNorm.
         has_attention_bias: the projections around attention have a bias.
         attention_scale: multiplies the scores; no function of the head size here.
@@ -45,7 +44,6 @@ class Gemma3Config(ModelConfig):
         layer_kinds: of each layer.
     """
 
-    ffn_size: int
     norm_eps: float
     has_attention_bias: bool
     attention_scale: float
@@ -125,20 +123,21 @@ class Gemma3Layer:
         name = f"layers.{index}"
         size, head_dim, eps = config.hidden_size, config.head_dim, config.norm_eps
         self.kind = config.layer_kinds[index]
-        self._heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        self._heads = [checkpoint.shard.part_of(count) for count in heads]
         self._head_dim = head_dim
         window = config.sliding_window if self.kind == "sliding_attention" else None
         self._attention = PagedAttention(config.attention_scale, window)
         self._qkv = Linear.load_fused(
             checkpoint,
             [
-                (f"{name}.self_attn.{part}_proj", heads * head_dim)
-                for part, heads in zip("qkv", self._heads, strict=True)
+                (f"{name}.self_attn.{part}_proj", count * head_dim)
+                for part, count in zip("qkv", heads, strict=True)
             ],
             size,
             has_bias=config.has_attention_bias,
         )
-        self._out = Linear.load(
+        self._out = Linear.load_summed(
             checkpoint,
             f"{name}.self_attn.o_proj",
             size,
@@ -151,7 +150,9 @@ class Gemma3Layer:
             size,
             has_bias=False,
         )
-        self._down = Linear.load(checkpoint, f"{name}.mlp.down_proj", size, config.ffn_size, has_bias=False)
+        self._down = Linear.load_summed(
+            checkpoint, f"{name}.mlp.down_proj", size, config.ffn_size, has_bias=False
+        )
         self._query_norm = _load_norm(checkpoint, f"{name}.self_attn.q_norm", head_dim, eps)
         self._key_norm = _load_norm(checkpoint, f"{name}.self_attn.k_norm", head_dim, eps)
         self._attention_norm = _load_norm(checkpoint, f"{name}.input_layernorm", size, eps)
@@ -217,6 +218,7 @@ class Gemma3:
     @classmethod
     def load(cls, fields: ConfigFields, architecture: str, checkpoint: Checkpoint) -> Gemma3:
         config = Gemma3Config.from_fields(fields, architecture)
+        checkpoint.shard.check_fits(config)
         angles = {
             kind: _read_angles(fields, kind, config.head_dim, checkpoint.device)
             for kind in sorted(set(config.layer_kinds))

@@ -31,13 +31,11 @@ class GPT2Config(ModelConfig):
     """Attributes beyond every model's.
 
     Attributes:
-        ffn_size: width inside the feed-forward block.
         activation: a key of the supported activations.
         norm_eps: of every norm.
         attention_scales: for each layer, what multiplies the scores.
     """
 
-    ffn_size: int
     activation: str
     norm_eps: float
     attention_scales: tuple[float, ...]
@@ -80,15 +78,15 @@ def _read_scales(fields: ConfigFields, head_dim: int, num_layers: int) -> tuple[
 class GPT2Layer:
     def __init__(self, config: GPT2Config, checkpoint: Checkpoint, index: int) -> None:
         name, size = f"h.{index}", config.hidden_size
-        self._num_heads = config.num_heads
+        self._num_heads = checkpoint.shard.part_of(config.num_heads)
         self._activation = _ACTIVATIONS[config.activation]
         self._attention = PagedAttention(config.attention_scales[index])
         self._attention_norm = LayerNorm.load(checkpoint, f"{name}.ln_1", size, config.norm_eps)
         self._ffn_norm = LayerNorm.load(checkpoint, f"{name}.ln_2", size, config.norm_eps)
-        self._qkv = _load_transposed(checkpoint, f"{name}.attn.c_attn", size, 3 * size)
-        self._out = _load_transposed(checkpoint, f"{name}.attn.c_proj", size, size)
+        self._qkv = _load_transposed(checkpoint, f"{name}.attn.c_attn", size, 3 * size, num_parts=3)
+        self._out = _load_summed(checkpoint, f"{name}.attn.c_proj", size, size)
         self._up = _load_transposed(checkpoint, f"{name}.mlp.c_fc", size, config.ffn_size)
-        self._down = _load_transposed(checkpoint, f"{name}.mlp.c_proj", config.ffn_size, size)
+        self._down = _load_summed(checkpoint, f"{name}.mlp.c_proj", config.ffn_size, size)
 
     def __call__(
         self,
@@ -131,7 +129,9 @@ class GPT2:
 
     @classmethod
     def load(cls, fields: ConfigFields, architecture: str, checkpoint: Checkpoint) -> GPT2:
-        return cls(GPT2Config.from_fields(fields, architecture), checkpoint)
+        config = GPT2Config.from_fields(fields, architecture)
+        checkpoint.shard.check_fits(config)
+        return cls(config, checkpoint)
 
     def forward(
         self,
@@ -150,7 +150,17 @@ class GPT2:
         return self._vocabulary.logits(self._final_norm(hidden))
 
 
-def _load_transposed(checkpoint: Checkpoint, name: str, num_inputs: int, num_outputs: int) -> Linear:
-    """Load a layer whose checkpoint holds `[num_inputs, num_outputs]`, as GPT-2's do."""
-    weight = checkpoint.take(f"{name}.weight", num_inputs, num_outputs)
-    return Linear.lay_out(weight.t(), checkpoint.take(f"{name}.bias", num_outputs), checkpoint.layout)
+def _load_transposed(
+    checkpoint: Checkpoint, name: str, num_inputs: int, num_outputs: int, *, num_parts: int = 1
+) -> Linear:
+    """Load a layer whose checkpoint holds `[num_inputs, num_outputs]`, as GPT-2's do; split by outputs."""
+    weight = checkpoint.take_split(f"{name}.weight", num_inputs, num_outputs, axis=1, num_parts=num_parts)
+    bias = checkpoint.take_split(f"{name}.bias", num_outputs, axis=0, num_parts=num_parts)
+    return Linear.lay_out(weight.t(), bias, checkpoint.layout)
+
+
+def _load_summed(checkpoint: Checkpoint, name: str, num_inputs: int, num_outputs: int) -> Linear:
+    """The same, split by its inputs."""
+    weight = checkpoint.take_split(f"{name}.weight", num_inputs, num_outputs, axis=0)
+    layer = Linear.lay_out(weight.t(), checkpoint.take(f"{name}.bias", num_outputs), checkpoint.layout)
+    return layer.summed_over(checkpoint.shard)

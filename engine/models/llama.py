@@ -54,7 +54,6 @@ class LlamaConfig(ModelConfig):
     """Attributes beyond every model's.
 
     Attributes:
-        ffn_size: width inside the feed-forward block.
         norm_eps: of every RMSNorm.
         has_qkv_bias: the q, k and v projections have a bias.
         has_out_bias: so has the projection after attention.
@@ -63,7 +62,6 @@ class LlamaConfig(ModelConfig):
         sliding_windows: for each layer, the tokens a token sees; None is all.
     """
 
-    ffn_size: int
     norm_eps: float
     has_qkv_bias: bool
     has_out_bias: bool
@@ -138,19 +136,20 @@ class LlamaLayer:
     def __init__(self, config: LlamaConfig, checkpoint: Checkpoint, index: int) -> None:
         name = f"layers.{index}"
         size, head_dim = config.hidden_size, config.head_dim
-        self._heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        self._heads = [checkpoint.shard.part_of(count) for count in heads]
         self._head_dim = head_dim
         self._attention = PagedAttention(head_dim**-0.5, config.sliding_windows[index])
         self._qkv = Linear.load_fused(
             checkpoint,
             [
-                (f"{name}.self_attn.{part}_proj", heads * head_dim)
-                for part, heads in zip("qkv", self._heads, strict=True)
+                (f"{name}.self_attn.{part}_proj", count * head_dim)
+                for part, count in zip("qkv", heads, strict=True)
             ],
             size,
             has_bias=config.has_qkv_bias,
         )
-        self._out = Linear.load(
+        self._out = Linear.load_summed(
             checkpoint,
             f"{name}.self_attn.o_proj",
             size,
@@ -168,7 +167,7 @@ class LlamaLayer:
             size,
             has_bias=config.has_ffn_bias,
         )
-        self._down = Linear.load(
+        self._down = Linear.load_summed(
             checkpoint, f"{name}.mlp.down_proj", size, config.ffn_size, has_bias=config.has_ffn_bias
         )
         self._attention_norm = RMSNorm.load(checkpoint, f"{name}.input_layernorm", size, config.norm_eps)
@@ -228,6 +227,7 @@ class Llama:
     @classmethod
     def load(cls, fields: ConfigFields, architecture: str, checkpoint: Checkpoint) -> Llama:
         config = LlamaConfig.from_fields(fields, architecture)
+        checkpoint.shard.check_fits(config)
         return cls(config, RotaryAngles.from_config(fields, config.head_dim, checkpoint.device), checkpoint)
 
     def forward(

@@ -33,7 +33,6 @@ class OPTConfig(ModelConfig):
 
     Attributes:
         embedding_size: width of the token embeddings.
-        ffn_size: width inside the feed-forward block.
         activation: a key of the supported activations.
         has_bias: linear layers have one, the projections of the embeddings excepted.
         has_norm_affine: norms have weight and bias.
@@ -42,7 +41,6 @@ class OPTConfig(ModelConfig):
     """
 
     embedding_size: int
-    ffn_size: int
     activation: str
     has_bias: bool
     has_norm_affine: bool
@@ -84,7 +82,7 @@ class OPTConfig(ModelConfig):
 class OPTLayer:
     def __init__(self, config: OPTConfig, checkpoint: Checkpoint, name: str) -> None:
         size = config.hidden_size
-        self._num_heads = config.num_heads
+        self._num_heads = checkpoint.shard.part_of(config.num_heads)
         self._is_pre_norm = config.is_pre_norm
         self._activation = _ACTIVATIONS[config.activation]
         self._attention = PagedAttention(scale=config.head_dim**-0.5)
@@ -95,9 +93,15 @@ class OPTLayer:
             size,
             has_bias=config.has_bias,
         )
-        self._out = Linear.load(checkpoint, f"{attention}.out_proj", size, size, has_bias=config.has_bias)
-        self._up = Linear.load(checkpoint, f"{name}.fc1", config.ffn_size, size, has_bias=config.has_bias)
-        self._down = Linear.load(checkpoint, f"{name}.fc2", size, config.ffn_size, has_bias=config.has_bias)
+        self._out = Linear.load_summed(
+            checkpoint, f"{attention}.out_proj", size, size, has_bias=config.has_bias
+        )
+        self._up = Linear.load_fused(
+            checkpoint, [(f"{name}.fc1", config.ffn_size)], size, has_bias=config.has_bias
+        )
+        self._down = Linear.load_summed(
+            checkpoint, f"{name}.fc2", size, config.ffn_size, has_bias=config.has_bias
+        )
         self._attention_norm = _load_norm(config, checkpoint, f"{name}.self_attn_layer_norm")
         self._ffn_norm = _load_norm(config, checkpoint, f"{name}.final_layer_norm")
 
@@ -177,7 +181,9 @@ class OPT:
 
     @classmethod
     def load(cls, fields: ConfigFields, architecture: str, checkpoint: Checkpoint) -> OPT:
-        return cls(OPTConfig.from_fields(fields, architecture), checkpoint)
+        config = OPTConfig.from_fields(fields, architecture)
+        checkpoint.shard.check_fits(config)
+        return cls(config, checkpoint)
 
     def forward(
         self,

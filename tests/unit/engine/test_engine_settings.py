@@ -41,6 +41,7 @@ POLICY_MODULES = (
         ("device", "tpu"),
         ("device", "cuda:-1"),
         ("gpu_memory_share", 0),
+        ("tensor_parallel_size", 0),
         ("gpu_memory_share", 1.5),
         ("decode_graphs", "yes"),
         ("kernels", "fast"),
