@@ -3,6 +3,7 @@
     throughline bench engine --make-model FOLDER         write OPT-125M's shape, random weights, once
     throughline bench engine --model FOLDER              the table
     throughline bench engine --model FOLDER --workload FILE --chart chart.svg
+    throughline bench engine --device cuda               on a GPU, `engine_on_gpu.py`
 
 A workload file is {"requests": [{"id", "prompt_ids", "max_new_tokens"}, ...]}; without one, 64 requests with
 prompts of 16 to 128 tokens and 64 new tokens are made from a fixed seed. All requests are there from the
@@ -33,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from benchmarks import engine_on_gpu
 from benchmarks.chart import Panel, draw
 from benchmarks.measure import positive
 from benchmarks.workload import BenchRequest, WorkloadError, load_workload, make_workload
@@ -54,6 +56,9 @@ Contestant = Callable[[list[BenchRequest]], list[list[int]]]
 
 def main() -> None:
     arguments = _parse_arguments()
+    if arguments.device is not None:
+        engine_on_gpu.bench(arguments.device, _byte_tokenizer)
+        return
     if arguments.make_model is not None:
         make_opt_125m(arguments.make_model)
         return
@@ -337,6 +342,12 @@ def _parse_arguments() -> argparse.Namespace:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="a model folder, or a hub name")
+    what.add_argument(
+        "--device",
+        metavar="cuda",
+        help="a GPU: models of known shapes with weights drawn there, steps against their bytes, and"
+        " transformers' continuous batching; takes no other option",
+    )
     what.add_argument(
         "--make-model", type=Path, metavar="FOLDER", help="write an OPT-125M shape here and stop"
     )
