@@ -189,7 +189,10 @@ class Settlement:
 
 
 class AttemptStore(Protocol):
-    """A worker's half; safe to call from many threads. Raises `StoreUnavailable`."""
+    """A worker's half. Raises `StoreUnavailable`.
+
+    What attempts ask is awaited in one event loop; `renew` and `read_cancels` block, in their own threads.
+    """
 
     async def claim(
         self,
