@@ -21,7 +21,7 @@ from cuda_ops.native import use_cuda_kernels
 
 BLOCK_SIZE = 16
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-HIDDEN, INTERMEDIATE = 4096, 14336
+HIDDEN, INTERMEDIATE, VOCAB_SIZE = 4096, 14336, 128_256
 # More than the 60 MB of an H200's second level cache: a step's inputs were evicted since the last one.
 COLD_BYTES = 256 * 2**20
 
@@ -207,6 +207,32 @@ def row_cases(num_tokens: int) -> Iterator[Case]:
     )  # fmt: skip
 
 
+def sampling_cases(num_rows: int) -> Iterator[Case]:
+    """Against one reading of the logits, whatever a way takes."""
+    size = 4.0 * num_rows * VOCAB_SIZE
+    num_copies = rotated(size)
+    logits = Turns([torch.randn(num_rows, VOCAB_SIZE, device="cuda") * 4 for _ in range(num_copies)])
+    rows = torch.arange(num_rows, device="cuda")
+    numbers = torch.stack((rows, rows * 0, rows + 100, rows * 0), 1)
+
+    def ours(top_p: float) -> Callable[[], object]:
+        controls = torch.tensor([[0.8, top_p, 0.0, 1.0, 0.0, 0.0]], device="cuda").repeat(num_rows, 1)
+        return lambda: cuda_ops.sample_tokens(
+            logits.next(), numbers, controls, truncates=top_p < 1.0, scores=False
+        )
+
+    yield Case(
+        f"sample, {num_rows}", "GB/s", size,
+        {"ours": ours(1.0), "torch softmax and race": lambda: plain_race(logits.next())},
+        num_copies,
+    )  # fmt: skip
+    yield Case(
+        f"sample, top_p, {num_rows}", "GB/s", size,
+        {"ours": ours(0.9), "torch sort": lambda: plain_nucleus(logits.next())},
+        num_copies,
+    )  # fmt: skip
+
+
 def random_rows(num_tokens: int, size: int, num_copies: int) -> list[Tensor]:
     return [torch.randn(num_tokens, size, device="cuda").bfloat16() for _ in range(num_copies)]
 
@@ -214,6 +240,17 @@ def random_rows(num_tokens: int, size: int, num_copies: int) -> list[Tensor]:
 def plain_gate(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def plain_race(logits: Tensor) -> Tensor:
+    probabilities = torch.softmax(logits / 0.8, -1)
+    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
+
+
+def plain_nucleus(logits: Tensor) -> Tensor:
+    values, order = torch.softmax(logits / 0.8, -1).sort(dim=-1, descending=True)
+    values = values * (values.cumsum(-1) - values < 0.9)
+    return order.gather(1, (values / torch.empty_like(values).exponential_()).argmax(-1, keepdim=True))
 
 
 def cases(*, is_short: bool) -> Iterator[Case]:
@@ -225,6 +262,8 @@ def cases(*, is_short: bool) -> Iterator[Case]:
         yield prefill_case(num_new, num_old)
     for num_tokens in (64, 8192):
         yield from row_cases(num_tokens)
+    for num_rows in (8, 64):
+        yield from sampling_cases(num_rows)
 
 
 def main() -> None:

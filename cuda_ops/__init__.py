@@ -8,7 +8,7 @@ from cuda_ops.dense import linear
 from cuda_ops.kv_cache import write_kv
 from cuda_ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from cuda_ops.rotary import rotary_embedding
-from cuda_ops.sampling import softmax_at
+from cuda_ops.sampling import sample_tokens, softmax_at
 
 __all__ = [
     "add_layer_norm",
@@ -20,6 +20,7 @@ __all__ = [
     "paged_attention_prefill",
     "rms_norm",
     "rotary_embedding",
+    "sample_tokens",
     "silu_and_mul",
     "softmax_at",
     "write_kv",

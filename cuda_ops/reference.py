@@ -22,6 +22,8 @@ from torch import Tensor
 # past 32 MB the allocator maps fresh pages at every call, up to 3 times slower.
 _GATHERED_ELEMENTS: Final = 768 * 1024
 
+_WORD: Final = 0xFFFFFFFF
+
 
 def write_kv(
     key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
@@ -130,6 +132,110 @@ def softmax_at(logits: Tensor, temperatures: Tensor) -> Tensor:
     wide = logits.float()
     # The maximum moves to 0 first, so that no quotient overflows.
     return torch.softmax((wide - wide.amax(dim=-1, keepdim=True)) / temperatures.unsqueeze(1), dim=-1)
+
+
+def sample_tokens(
+    logits: Tensor,
+    numbers: Tensor,
+    controls: Tensor,
+    starts: Tensor | None,
+    changes: Tensor | None,
+    biases: Tensor | None,
+    masks: Tensor | None,
+    mask_rows: Tensor | None,
+    truncates: bool,
+    scores: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    own = logits.float()
+    raced = own
+    if starts is not None and changes is not None and biases is not None:
+        raced = _changed(own, controls, starts, changes, biases)
+    if masks is not None and mask_rows is not None:
+        raced = _masked(raced, masks, mask_rows)
+    temperatures = controls[:, :1]
+    if truncates:
+        raced = raced.masked_fill(~_kept(raced, numbers[:, 3:], controls), -torch.inf)
+    noise = torch.log(-torch.log1p(-_uniform_below_one(numbers, logits.shape[1])))
+    token_ids = _first_maximum(raced - torch.where(temperatures > 0, temperatures * noise, 0.0))
+    are_sound = own.amax(-1).isfinite() & ~own.isnan().any(-1)
+    if not scores:
+        return token_ids, own.new_empty(0), are_sound
+    chosen = own.gather(1, token_ids[:, None])[:, 0]
+    return token_ids, chosen - own.logsumexp(-1), are_sound
+
+
+def philox(
+    group: Tensor, position: Tensor, sequence: Tensor, seed: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit words of Philox4x32-10 (Salmon et al. 2011) for the counter (group, position, sequence, 0).
+
+    All are int64 and broadcast; of the seed, the key, all 64 bits count, of the others 32.
+    """
+    a, b, c, d = group & _WORD, position & _WORD, sequence & _WORD, torch.zeros_like(group)
+    low_key, high_key = seed & _WORD, seed >> 32 & _WORD
+    for _ in range(10):
+        # A product past 63 bits wraps, and its bits are right all the same.
+        of_a, of_c = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b = (of_c >> 32 & _WORD) ^ b ^ low_key, of_c & _WORD
+        c, d = (of_a >> 32 & _WORD) ^ d ^ high_key, of_a & _WORD
+        low_key, high_key = low_key + 0x9E3779B9 & _WORD, high_key + 0xBB67AE85 & _WORD
+    return a, b, c, d
+
+
+def _uniform_below_one(numbers: Tensor, vocab_size: int) -> Tensor:
+    """`[num_rows, vocab_size]` float32 in (0, 1): the numbers of each row's tokens."""
+    seed, sequence, position = (numbers[:, column : column + 1] for column in range(3))
+    groups = torch.arange(-(-vocab_size // 4), device=numbers.device).expand(len(numbers), -1)
+    words = torch.stack(philox(groups, position, sequence, seed), -1).flatten(1)[:, :vocab_size]
+    return (words.float() * 2.0**-32 + 2.0**-33).clamp_(max=1.0 - 2.0**-24)
+
+
+def _changed(own: Tensor, controls: Tensor, starts: Tensor, changes: Tensor, biases: Tensor) -> Tensor:
+    """Bias, repetition, then the two penalties that subtract, each on the tokens that are listed."""
+    rows = torch.repeat_interleave(torch.arange(len(own), device=own.device), starts.diff())
+    token_ids = changes[:, 0].long()
+    repetition, presence, frequency = controls[rows, 3:].unbind(1)
+    values = own[rows, token_ids] + biases
+    repeated = torch.where(values > 0, values / repetition, values * repetition)
+    values = torch.where(changes[:, 1] != 0, repeated, values)
+    penalty = presence + frequency * changes[:, 2]
+    changed = own.clone()
+    changed[rows, token_ids] = torch.where(changes[:, 2] > 0, values - penalty, values)
+    return changed
+
+
+def _masked(raced: Tensor, masks: Tensor, mask_rows: Tensor) -> Tensor:
+    bits = masks[:, :, None] >> torch.arange(32, device=masks.device, dtype=torch.int32) & 1
+    allowed = bits.flatten(1)[:, : raced.shape[1]].bool()
+    allowed = torch.cat((allowed, torch.ones_like(raced[:1], dtype=torch.bool)))
+    # A negative row counts from the end, where the one that allows all is.
+    return raced.masked_fill(~allowed[mask_rows.long().clamp(min=-1)], -torch.inf)
+
+
+def _kept(raced: Tensor, top_ks: Tensor, controls: Tensor) -> Tensor:
+    """What min_p, then top_k, then top_p leave; equal logits in the order of their tokens."""
+    temperatures, top_ps, min_ps = (controls[:, column : column + 1] for column in range(3))
+    values, order = torch.sort(raced, dim=-1, descending=True, stable=True)
+    top = values[:, :1]
+    vocab_size = raced.shape[1]
+    limits = torch.where(top_ks > 0, top_ks, vocab_size)
+    floors = torch.where(min_ps > 0, top + temperatures * torch.log(min_ps), -torch.inf)
+    kept = (values >= floors) & (torch.arange(vocab_size, device=raced.device) < limits)
+    weights = torch.where(values == top, 1.0, torch.exp((values - top) * (1.0 / temperatures)))
+    # Whole numbers, whose sum is the same in any order.
+    masses = (weights.nan_to_num(0.0) * 2.0**40).to(torch.int64) * kept
+    before = masses.cumsum(-1) - masses
+    targets = torch.ceil(top_ps.double() * masses.sum(-1, keepdim=True).double()).clamp_(min=1.0)
+    kept &= (before < targets) | (top_ps >= 1.0)
+    return torch.zeros_like(kept).scatter_(1, order, kept | (temperatures == 0))
+
+
+def _first_maximum(scores: Tensor) -> Tensor:
+    """Of equal ones the first, which argmax does not promise; 0 where all are NaN."""
+    token_ids = torch.arange(scores.shape[1], device=scores.device)
+    is_maximum = scores == scores.amax(-1, keepdim=True)
+    first = torch.where(is_maximum, token_ids, scores.shape[1]).amin(-1)
+    return torch.where(first < scores.shape[1], first, 0)
 
 
 def _pages(tables: Tensor, num_kv_heads: int) -> Tensor:

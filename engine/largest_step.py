@@ -31,7 +31,8 @@ def run_largest_step(
     runner = ModelRunner(model, cache, device)
     hidden = runner.execute(_layout(num_tokens, max_model_len, cache))
     logits = runner.logits(hidden, range(min(num_rows, num_tokens)))
-    params = SamplingParams(top_p=0.5)
+    # What sampling can take most for: a copy of the logits for what changes them, and a cut.
+    params = SamplingParams(top_p=0.5, repetition_penalty=2.0)
     sample(logits, [SamplerRow(row, Sequence(0, [0], 1), params, seed=row) for row in range(len(logits))])
     return cache.num_blocks * shape.bytes_per_block
 

@@ -8,6 +8,10 @@
 
 The draw is by inversion: one uniform number a token, so a row's token depends on its own logits and number
 and on nothing else in the batch.
+
+That is the CPU's way. On a GPU one op does all of it, without a sort, and draws by a race in which every
+token has a number of its own (`cuda_ops.sample_tokens`): cheap there, dear on a CPU. So a seed stands for
+other tokens on the other kind of device.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from torch import Tensor
 
 import cuda_ops
 from engine.batch import to_device
+from engine.packed_rows import pack_changes, pack_draws
 from engine.sampling import MAX_TOP_LOGPROBS, SamplingParams, uniform_draw
 from engine.sequence import Sequence, TokenLogprob
 
@@ -53,9 +58,13 @@ class SamplerRow:
         return self.params.changes_logits or bool(self.forbidden) or self.allowed is not None
 
     @property
+    def position(self) -> int:
+        """The place in its sequence that the token will have."""
+        return len(self.sequence.token_ids) + len(self.ahead)
+
+    @property
     def draw(self) -> float:
-        position = len(self.sequence.token_ids) + len(self.ahead)
-        return uniform_draw(self.seed, self.sequence.index, position)
+        return uniform_draw(self.seed, self.sequence.index, self.position)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +84,12 @@ class ChosenTokens:
 
     Attributes:
         ids: `[num_rows]` int64 on the device.
+        logprobs: `[num_rows]` float32 on the device where the choice gave them, empty if none were wanted.
     """
 
-    def __init__(self, ids: Tensor, are_sound: Tensor) -> None:
+    def __init__(self, ids: Tensor, are_sound: Tensor, logprobs: Tensor | None = None) -> None:
         self.ids = ids
+        self.logprobs = logprobs
         facts = torch.stack((ids, are_sound.to(ids.dtype)))
         is_on_gpu = ids.device.type == "cuda"
         self._on_host = torch.empty(facts.shape, dtype=facts.dtype, pin_memory=is_on_gpu)
@@ -103,6 +114,8 @@ def choose(logits: Tensor, rows: SequenceOf[SamplerRow]) -> ChosenTokens:
     Waits for no GPU.
     """
     own = _select(logits, [row.row for row in rows])
+    if own.is_cuda:
+        return choose_by_race(own, rows)
     token_ids = _choose(_apply_changes(own, rows), rows)
     return ChosenTokens(token_ids, _are_sound(own, rows, token_ids))
 
@@ -112,8 +125,31 @@ def sample(logits: Tensor, rows: SequenceOf[SamplerRow]) -> list[SampledToken]:
     """Choose a token for each row, as `choose`, and read it, with the log-probabilities that are wanted."""
     if not rows:
         return []
-    token_ids, are_sound = choose(logits, rows).read()
-    entries = _score_rows(_select(logits, [row.row for row in rows]), rows, token_ids)
+    own = _select(logits, [row.row for row in rows])
+    return complete(choose(logits, rows), own, rows)
+
+
+@torch.inference_mode()
+def choose_by_race(logits: Tensor, rows: SequenceOf[SamplerRow]) -> ChosenTokens:
+    """As `choose`, by one op; `logits` has a row for each of `rows`."""
+    chosen = cuda_ops.sample_tokens(
+        logits,
+        *pack_draws(rows, logits.device),
+        pack_changes(rows, logits.shape[-1], logits.device),
+        truncates=any(_truncates(row.params) for row in rows),
+        scores=any(row.params.needs_logprobs for row in rows),
+    )
+    return ChosenTokens(chosen.token_ids, chosen.are_sound, chosen.logprobs)
+
+
+@torch.inference_mode()
+def complete(chosen: ChosenTokens, logits: Tensor, rows: SequenceOf[SamplerRow]) -> list[SampledToken]:
+    """Read the tokens; `logits`, a row for each, gives the log-probabilities that are wanted."""
+    token_ids, are_sound = chosen.read()
+    if chosen.logprobs is None:
+        entries = _score_rows(logits, rows, token_ids)
+    else:
+        entries = _race_entries(logits, rows, token_ids, chosen.logprobs.tolist())
     return [
         SampledToken(token_id, entries.get(index), is_sound)
         for index, (token_id, is_sound) in enumerate(zip(token_ids, are_sound, strict=True))
@@ -368,6 +404,24 @@ def _score_rows(
         index: TokenLogprob(entry.token_id, entry.logprob, entry.top[: rows[index].params.logprobs or 0])
         for index, entry in zip(wanted, entries, strict=True)
     }
+
+
+def _race_entries(
+    logits: Tensor, rows: SequenceOf[SamplerRow], token_ids: SequenceOf[int], logprobs: SequenceOf[float]
+) -> dict[int, TokenLogprob]:
+    """The race has the chosen token's; who wants the most probable ones too is scored like on a CPU."""
+    entries = {
+        index: TokenLogprob(token_ids[index], logprobs[index], ())
+        for index, row in enumerate(rows)
+        if row.params.needs_logprobs and not row.params.logprobs
+    }
+    ranked = [index for index, row in enumerate(rows) if row.params.logprobs]
+    if ranked:
+        scored = _score_rows(
+            _select(logits, ranked), [rows[index] for index in ranked], [token_ids[index] for index in ranked]
+        )
+        entries |= {ranked[place]: entry for place, entry in scored.items()}
+    return entries
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:

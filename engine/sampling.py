@@ -240,7 +240,7 @@ def uniform_draw(seed: int, sequence_index: int, position: int) -> float:
     """A number in [0, 1) that depends on nothing but the arguments.
 
     Counter-based, so a sequence that is preempted, forked or retried elsewhere needs no generator state to
-    go on with the same tokens, and a CPU and a GPU draw alike.
+    go on with the same tokens.
     """
     key = b"%d/%d/%d" % (seed, sequence_index, position)
     digest = blake2b(key, digest_size=8).digest()

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-from cuda_ops.cuda import attention, rows
+from cuda_ops.cuda import attention, rows, sampling
 from cuda_ops.cuda.launcher import Launcher
 from cuda_ops.registry import NAMESPACE
 
@@ -21,6 +21,7 @@ OPS: Final[Mapping[str, Callable[..., Any]]] = {
     "paged_attention_prefill": attention.paged_attention_prefill,
     "rms_norm": rows.rms_norm,
     "rotary_embedding": rows.rotary_embedding,
+    "sample_tokens": sampling.sample_tokens,
     "silu_and_mul": rows.silu_and_mul,
     "write_kv": rows.write_kv,
 }

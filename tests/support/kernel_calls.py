@@ -44,6 +44,7 @@ def calls_of_models(dtype: torch.dtype = torch.bfloat16) -> Iterator[Call]:
     for model in MODELS:
         yield from row_calls(model, 2, dtype)
         yield from attention_calls(model, dtype)
+    yield from sampling_calls()
 
 
 def row_calls(model: ModelShape, num_tokens: int, dtype: torch.dtype) -> Iterator[Call]:
@@ -65,6 +66,24 @@ def row_calls(model: ModelShape, num_tokens: int, dtype: torch.dtype) -> Iterato
         torch.zeros(num_tokens + 1, model.num_kv_heads, 16, model.head_dim, dtype=dtype) for _ in range(2)
     ]
     yield "write_kv", (key, value, *caches, torch.arange(num_tokens) * 17)
+
+
+def sampling_calls() -> Iterator[Call]:
+    """Choosing tokens from the engine's logits, as its requests combine, and once from narrow ones."""
+    numbers = torch.tensor([(0, 0, 1, 0), (-1, 2, 5, 3)])
+    controls = torch.tensor([(0.0, 1.0, 0.0, 1.0, 0.0, 0.0), (0.7, 0.5, 0.01, 1.2, 0.5, 0.5)])
+    changes = (
+        torch.tensor([0, 1, 3], dtype=torch.int32),
+        torch.tensor([(5, 1, 1), (0, 1, 0), (127, 0, 2)], dtype=torch.int32),
+        torch.tensor([0.5, -torch.inf, 0.0]),
+        torch.full((1, 4), -2, dtype=torch.int32),
+        torch.tensor([0, -1], dtype=torch.int32),
+    )
+    for dtype, scores in ((torch.float32, False), (torch.bfloat16, True)):
+        logits = torch.randn(2, 128).to(dtype)
+        for listed in ((None,) * 5, changes):
+            for truncates in (False, True):
+                yield "sample_tokens", (logits, numbers, controls, *listed, truncates, scores)
 
 
 def projected(model: ModelShape, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

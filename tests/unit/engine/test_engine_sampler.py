@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.sampler import SampledToken, SamplerRow, most_probable, sample, score
+from engine.sampler import SampledToken, SamplerRow, choose_by_race, complete, most_probable, sample, score
 from engine.sampling import SamplingParams, uniform_draw
 from engine.sequence import Sequence
 from tests.unit.engine.engine_factory import generate, make_engine, random_prompt
@@ -25,6 +25,14 @@ SIGNIFICANCE = 1e-6
 
 Probabilities = NDArray[np.float64]
 PROMPT, OUTPUT = [1, 2], [2, 4, 4, 7]
+RACED = [
+    SamplingParams(
+        temperature=1.4, top_k=20, top_p=0.9, min_p=0.01, presence_penalty=-0.5, frequency_penalty=0.7,
+        repetition_penalty=0.8, logit_bias={4: 2.5},
+    ),
+    SamplingParams(logit_bias={5: 3.0, 6: -2.0, 2: -100.0}, repetition_penalty=1.6),
+    SamplingParams(temperature=0.0, frequency_penalty=-0.8),
+]  # fmt: skip
 
 
 def draw_many(logits: Tensor, params: SamplingParams, output: list[int]) -> Counter[int]:
@@ -153,6 +161,61 @@ def test_engine_draws_pairs_of_tokens_from_the_distribution_of_the_model(
     assert counts.total() == 1024
     assert len(counts) > 2 * top_k, "hardly a choice"
     assert chi_square_p_value(counts, np.array(list(joint.values()))) > SIGNIFICANCE
+
+
+def race(logits: Tensor, rows: list[SamplerRow]) -> list[SampledToken]:
+    return complete(choose_by_race(logits, rows), logits, rows)
+
+
+@pytest.mark.parametrize("params", RACED, ids=["all", "bias", "greedy"])
+@pytest.mark.parametrize("is_masked", [False, True], ids=["free", "masked"])
+def test_sampler_of_a_gpu_draws_from_the_distribution_asked_for(
+    params: SamplingParams, is_masked: bool
+) -> None:
+    """Its op runs here by its meaning; forbidden tokens, a mask and tokens run ahead count too."""
+    logits = 2 * torch.randn(60, generator=torch.Generator().manual_seed(3))
+    allowed = bytes([0b10110111] * 7 + [0b0111]) if is_masked else None
+    forbidden, ahead = frozenset({0, 9}), (7, 30)
+    sequence = Sequence(0, [*PROMPT, *OUTPUT], len(PROMPT))
+    rows = [SamplerRow(0, sequence, params, seed, forbidden, allowed, ahead) for seed in range(4000)]
+
+    tokens = race(logits.expand(len(rows), -1), rows)
+
+    barred = {0, 9} | ({token for token in range(60) if token % 8 in (3, 6)} if is_masked else set())
+    known = dict.fromkeys(barred, -torch.inf)
+    drawn = replace(params, temperature=params.temperature or 1e-4)
+    penalised = _penalised(logits.double().numpy().copy(), drawn, PROMPT, [*OUTPUT, *ahead])
+    for token, value in known.items():
+        penalised[token] = value
+    plain = SamplingParams(
+        temperature=drawn.temperature, top_k=drawn.top_k, top_p=drawn.top_p, min_p=drawn.min_p
+    )
+    expected = expected_probabilities(torch.from_numpy(penalised), plain, PROMPT, OUTPUT)
+    counts = Counter(token.token_id for token in tokens)
+    assert all(expected[token_id] > 0 for token_id in counts), "a token was drawn that is cut off"
+    if not params.is_greedy:
+        assert chi_square_p_value(counts, expected) > SIGNIFICANCE
+
+
+def test_sampler_of_a_gpu_gives_the_log_probabilities_that_are_wanted() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(3, 1)
+    wanted = (None, 0, 2)
+    rows = [
+        SamplerRow(
+            row, Sequence(0, [1], 1), SamplingParams(temperature=0.0, logit_bias={3: 50.0}, logprobs=num), 0
+        )
+        for row, num in enumerate(wanted)
+    ]
+
+    tokens, expected = race(logits, rows), sample(logits, rows)
+
+    assert [token.token_id for token in tokens] == [3, 3, 3]
+    assert tokens[0] == expected[0]
+    assert tokens[2] == expected[2]
+    assert tokens[1].entry is not None
+    assert expected[1].entry is not None
+    assert tokens[1].entry.logprob == pytest.approx(expected[1].entry.logprob)
+    assert tokens[1].entry.top == ()
 
 
 def test_sampler_holds_the_whole_nucleus_of_a_flat_distribution_over_a_large_vocabulary() -> None:

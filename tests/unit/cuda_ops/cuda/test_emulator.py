@@ -35,15 +35,17 @@ extern "C" __global__ void broken(float* values, int step) {{
 
 
 ALL_KERNELS = """
+import itertools
 import torch
 from cuda_ops.cuda.library import OPS
 from tests.support.emulated_kernels import EmulatedLauncher
-from tests.support.kernel_calls import ModelShape, attention_calls, row_calls
+from tests.support.kernel_calls import ModelShape, attention_calls, row_calls, sampling_calls
 torch.set_num_threads(1)
 model = ModelShape("odd", 100, 36, 6, 2, 80)
 for is_reversed in (False, True):
     launcher = EmulatedLauncher(is_reversed=is_reversed)
-    for op, arguments in (*row_calls(model, 3, torch.bfloat16), *attention_calls(model, torch.bfloat16)):
+    calls = row_calls(model, 3, torch.bfloat16), attention_calls(model, torch.bfloat16), sampling_calls()
+    for op, arguments in itertools.chain(*calls):
         OPS[op](launcher, *arguments)
 print("clean")
 """
