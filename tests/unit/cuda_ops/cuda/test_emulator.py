@@ -1,28 +1,52 @@
-"""The emulator finds the bugs that it is there to find: each in a process of its own, which it ends."""
+"""The emulator finds the bugs that it is there to find: each ends a process of its own."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.support.emulated_kernels import require_compiler
 
+# Forks for each kernel, so that torch is loaded once; tells how each process ended and what it said.
 SCRIPT = """
-import faulthandler, sys
+import json, os, sys, tempfile
 from ctypes import c_int
 from pathlib import Path
 import torch
 from cuda_ops.cuda.launcher import LaunchShape, Variant
 from tests.support import emulated_kernels
+torch.set_num_threads(1)
 emulated_kernels.KERNEL_FOLDER = Path(sys.argv[1])
-values = torch.arange(64.0)
-emulated_kernels.EmulatedLauncher().launch(
-    Variant.of("broken", "broken"), LaunchShape((1, 1, 1), 64, 256), (values, c_int(int(sys.argv[2]))))
-print("sum", values.sum().item())
+
+def run(name, step):
+    values = torch.arange(64.0)
+    emulated_kernels.EmulatedLauncher().launch(
+        Variant.of(name, "broken"), LaunchShape((1, 1, 1), 64, 256), (values, c_int(step)))
+    os.write(2, f"sum {values.sum().item()}".encode())
+
+ended = {}
+for name, step in json.loads(sys.argv[2]).items():
+    with tempfile.TemporaryFile() as said:
+        child = os.fork()
+        if child == 0:
+            os.dup2(said.fileno(), 2)
+            try:
+                run(name, step)
+            except BaseException as error:
+                os.write(2, str(error).encode())
+                os._exit(1)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        said.seek(0)
+        ended[name] = (status, said.read().decode())
+print(json.dumps(ended))
 """
 KERNEL = """
 #include <ptx.cuh>
@@ -32,8 +56,27 @@ extern "C" __global__ void broken(float* values, int step) {{
   {body}
 }}
 """
-
-
+EXCHANGE = "shared[i] = values[i]; {barrier} values[i] = shared[63 - i] * 2;"
+COPY = (
+    "if (i == 0) {{ cp_async_16(shared, values + 4, true); cp_async_commit();"
+    " {wait} values[i] = shared[1]; }}"
+)
+WRITE = "if (i == 0) values[step] = 1;"
+BODIES = {
+    "right": EXCHANGE.format(barrier="__syncthreads();"),
+    "no_barrier": EXCHANGE.format(barrier=""),
+    "half_a_block": "if (i < 32) __syncthreads();",
+    "two_barriers": "if (i < 32) __syncthreads();\nelse __syncthreads();",
+    "two_warp_barriers": "if (i % 2) __syncwarp();\nelse __syncwarp();",
+    "lanes_that_ended": "if (i % 2) return; values[i] = __shfl_xor_sync(0xffffffffu, i, 1);",
+    "half_a_mask": "if (i < 32) __syncwarp(0x0000ffffu);",
+    "odd_address": "cp_async_16(shared + 1, values, true);",
+    "awaited_copy": COPY.format(wait="cp_async_wait<0>();"),
+    "copy_not_awaited": COPY.format(wait=""),
+    "write_past_the_tensor": WRITE,
+    "write_before_the_tensor": WRITE,
+}
+STEPS = {"write_past_the_tensor": 64, "write_before_the_tensor": -1}
 ALL_KERNELS = """
 import itertools
 import torch
@@ -51,86 +94,88 @@ print("clean")
 """
 
 
-def sanitizing(environ: dict[str, str]) -> dict[str, str]:
-    find = [require_compiler(), "-print-file-name=libasan.so"]
-    library = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
-    return {**environ, "EMULATOR_SANITIZES": "1", "LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}
+@dataclass(frozen=True, slots=True)
+class Ended:
+    status: int
+    said: str
 
 
-def run(
-    tmp_path: Path, body: str, step: int = 0, *, sanitizes: bool = False
-) -> subprocess.CompletedProcess[str]:
-    require_compiler()
-    (tmp_path / "broken.cu").write_text(KERNEL.format(body=body))
+def run_all(folder: Path, bodies: Mapping[str, str], steps: Mapping[str, int]) -> dict[str, Ended]:
+    for name, body in bodies.items():
+        (folder / f"{name}.cu").write_text(KERNEL.format(body=body))
+    wanted = json.dumps({name: steps.get(name, 0) for name in bodies})
+    done = run_script(SCRIPT, str(folder), wanted)
+    assert done.returncode == 0, done.stderr
+    return {name: Ended(*ended) for name, ended in json.loads(done.stdout).items()}
+
+
+def run_script(script: str, *arguments: str, sanitizes: bool = False) -> subprocess.CompletedProcess[str]:
     environ = {**os.environ, "PYTHONPATH": os.getcwd()}
     if sanitizes:
-        environ = sanitizing(environ)
+        find = [require_compiler(), "-print-file-name=libasan.so"]
+        library = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
+        environ |= {"EMULATOR_SANITIZES": "1", "LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), str(step)], env=environ, capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-c", script, *arguments],
+        env=environ,
+        capture_output=True,
+        text=True,
     )
 
 
-EXCHANGE = "shared[i] = values[i]; {barrier} values[i] = shared[63 - i] * 2;"
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ended]:
+    require_compiler()
+    return run_all(tmp_path_factory.mktemp("kernels"), BODIES, STEPS).__getitem__
 
 
-def test_emulator_runs_a_kernel_that_is_right(tmp_path: Path) -> None:
-    done = run(tmp_path, EXCHANGE.format(barrier="__syncthreads();"))
-
-    assert done.stdout == f"sum {float(sum(range(64)) * 2)}\n", done.stderr
+def test_emulator_runs_a_kernel_that_is_right(ended: Callable[[str], Ended]) -> None:
+    assert ended("right") == Ended(0, f"sum {float(sum(range(64)) * 2)}")
 
 
-def test_emulator_shows_a_missing_barrier_as_nan(tmp_path: Path) -> None:
-    assert run(tmp_path, EXCHANGE.format(barrier="")).stdout == "sum nan\n"
+def test_emulator_shows_a_missing_barrier_as_nan(ended: Callable[[str], Ended]) -> None:
+    assert ended("no_barrier") == Ended(0, "sum nan")
 
 
 @pytest.mark.parametrize(
-    ("body", "message"),
+    ("name", "message"),
     [
-        ("if (i < 32) __syncthreads();", "__syncthreads that not all threads come to"),
-        ("if (i < 32) __syncthreads();\nelse __syncthreads();", "different __syncthreads"),
-        ("if (i % 2) __syncwarp();\nelse __syncwarp();", "different barriers"),
-        ("if (i % 2) return; values[i] = __shfl_xor_sync(0xffffffffu, i, 1);", "not all its lanes come to"),
-        ("if (i < 32) __syncwarp(0x0000ffffu);", "the mask must be full"),
-        ("cp_async_16(shared + 1, values, true);", "not a multiple of 16"),
+        ("half_a_block", "__syncthreads that not all threads come to"),
+        ("two_barriers", "different __syncthreads"),
+        ("two_warp_barriers", "different barriers"),
+        ("lanes_that_ended", "not all its lanes come to"),
+        ("half_a_mask", "the mask must be full"),
+        ("odd_address", "not a multiple of 16"),
     ],
 )
 def test_emulator_ends_at_a_barrier_that_diverges_and_at_what_hardware_refuses(
-    tmp_path: Path, body: str, message: str
+    name: str, message: str, ended: Callable[[str], Ended]
 ) -> None:
-    done = run(tmp_path, body)
-
-    assert done.returncode == -6
-    assert message in done.stderr
+    assert ended(name).status == -6
+    assert message in ended(name).said
 
 
-def test_emulator_copies_no_sooner_than_it_is_waited_for(tmp_path: Path) -> None:
-    copy = "if (i == 0) { cp_async_16(shared, values + 4, true); cp_async_commit(); "
-    copy += "{wait} values[i] = shared[1]; }"
-    wait = "cp_async_wait<0>();"
-
-    assert run(tmp_path, copy.replace("{wait}", wait)).stdout == f"sum {float(sum(range(64)) + 5)}\n"
-    assert run(tmp_path, copy.replace("{wait}", "")).stdout == "sum nan\n"
+def test_emulator_copies_no_sooner_than_it_is_waited_for(ended: Callable[[str], Ended]) -> None:
+    assert ended("awaited_copy") == Ended(0, f"sum {float(sum(range(64)) + 5)}")
+    assert ended("copy_not_awaited") == Ended(0, "sum nan")
 
 
-def test_emulator_faults_at_the_page_after_a_tensor_and_tells_of_writes_beside_it(tmp_path: Path) -> None:
-    write = "if (i == 0) values[step] = 1;"
-
-    assert run(tmp_path, write, 64).returncode == -11
-    assert "wrote outside its tensors" in run(tmp_path, write, -1).stderr
+def test_emulator_faults_at_the_page_after_a_tensor_and_tells_of_writes_beside_it(
+    ended: Callable[[str], Ended],
+) -> None:
+    assert ended("write_past_the_tensor").status == -11
+    assert "wrote outside its tensors" in ended("write_before_the_tensor").said
 
 
 def test_sanitizer_tells_of_a_step_past_shared_memory(tmp_path: Path) -> None:
-    body = "shared[i + step] = 1;"
+    (tmp_path / "past.cu").write_text(KERNEL.format(body="shared[i + step] = 1;"))
 
-    assert run(tmp_path, body, 0, sanitizes=True).returncode == 0
-    done = run(tmp_path, body, 1, sanitizes=True)
-    assert done.returncode != 0
-    assert "heap-buffer-overflow" in done.stderr
+    done = run_script(SCRIPT, str(tmp_path), '{"past": 1}', sanitizes=True)
+
+    assert "heap-buffer-overflow" in done.stdout
 
 
 def test_every_kernel_is_clean_under_address_and_undefined_behaviour_sanitizers() -> None:
-    environ = sanitizing({**os.environ, "PYTHONPATH": os.getcwd()})
-
-    done = subprocess.run([sys.executable, "-c", ALL_KERNELS], env=environ, capture_output=True, text=True)
+    done = run_script(ALL_KERNELS, sanitizes=True)
 
     assert done.stdout == "clean\n", done.stderr
