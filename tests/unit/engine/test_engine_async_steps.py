@@ -179,7 +179,7 @@ def soaked() -> Soak:
     under_test = make_engine(
         engine.builtin.path(),
         block_size=8,
-        num_blocks=32,
+        num_blocks=26,
         max_num_batched_tokens=48,
         async_steps="on",
         decode_graphs="on",
