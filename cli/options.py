@@ -184,7 +184,7 @@ def engine_options(command: Command) -> Command:
             "is_batch_invariant",
             is_flag=True,
             help="The same request gives the same tokens whatever else runs, to the last bit of its logits; "
-            "slower, on the CPU only.",
+            "slower; on a GPU only in bfloat16.",
         ),
         click.option(
             "--speculative-tokens",

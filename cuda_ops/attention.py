@@ -25,6 +25,7 @@ def paged_attention_decode(
     max_context_len: int,
     scale: float,
     sliding_window: int | None = None,
+    split_len: int | None = None,
 ) -> None:
     """Let one token of each sequence, its last, attend to the sequence's whole context.
 
@@ -41,13 +42,26 @@ def paged_attention_decode(
         max_context_len: at least the largest of `context_lens`, at most `max_blocks * block_size`.
         scale: multiplies the scores before the softmax.
         sliding_window: a token sees itself and the `sliding_window - 1` tokens before it; None sees all.
+        split_len: where a kernel sums a context in parts, the tokens of each, a multiple of 16: a sequence's
+            result then has the same bits in any batch. None lets the kernel choose, to fill the device.
 
     Raises:
-        OpInputError: heads do not fit together.
+        OpInputError: heads do not fit together, or `split_len` is no multiple of 16.
     """
     _check_heads("paged_attention_decode", query, key_cache)
+    if split_len is not None and (split_len < 1 or split_len % 16):
+        raise OpInputError("paged_attention_decode", f"split_len is {split_len}: must be a multiple of 16")
     _decode(
-        out, query, key_cache, value_cache, block_tables, context_lens, max_context_len, scale, sliding_window
+        out,
+        query,
+        key_cache,
+        value_cache,
+        block_tables,
+        context_lens,
+        max_context_len,
+        scale,
+        sliding_window,
+        split_len,
     )
 
 
@@ -102,7 +116,8 @@ def _fake(*_: object) -> None:
 
 _decode = define_op(
     "paged_attention_decode(Tensor(a!) out, Tensor query, Tensor key_cache, Tensor value_cache,"
-    " Tensor block_tables, Tensor context_lens, int max_context_len, float scale, int? sliding_window) -> ()",
+    " Tensor block_tables, Tensor context_lens, int max_context_len, float scale, int? sliding_window,"
+    " int? split_len) -> ()",
     reference=reference.paged_attention_decode,
     fake=_fake,
 )

@@ -48,6 +48,7 @@ def paged_attention_decode(
     max_context_len: int,
     scale: float,
     sliding_window: int | None,
+    split_len: int | None,
 ) -> None:
     num_sequences, num_heads, head_dim = query.shape
     num_kv_heads, block_size = key_cache.shape[1:3]

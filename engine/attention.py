@@ -24,6 +24,7 @@ class AttentionMetadata:
         max_query_len: the longest query of the batch, in tokens.
         max_context_len: the longest context of the batch, in tokens.
         num_decode_sequences: how many leading sequences have exactly one query token.
+        split_len: tokens of a context that are summed together, for the same bits in any batch; None is free.
     """
 
     query_start: Tensor
@@ -33,6 +34,7 @@ class AttentionMetadata:
     max_query_len: int
     max_context_len: int
     num_decode_sequences: int
+    split_len: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ class PagedAttention:
                 max_context_len=metadata.max_context_len,
                 scale=self.scale,
                 sliding_window=self.sliding_window,
+                split_len=metadata.split_len,
             )
         if num_decodes < metadata.context_lens.shape[0]:
             cuda_ops.paged_attention_prefill(

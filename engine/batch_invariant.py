@@ -7,8 +7,11 @@ decoding one does, by a kernel that takes every token for itself.
 
     step's tokens   a0 a1 a2 a3 a4 | b7 | c9         tiles of 4   a0 a1 a2 a3 | a4 b7 c9 --
 
+On a GPU the context of each token is summed in parts of `SPLIT_LEN`, and not in as many as fill the device.
+
 Assumed, and held by a test, is that a product gives a row the same whatever the other rows hold and whichever
-row of the tile it is. See He and Thinking Machines Lab 2025, "Defeating Nondeterminism in LLM Inference".
+row of the tile it is; on a GPU, where the products are cuBLAS's, no machine has run that test yet. See He and
+Thinking Machines Lab 2025, "Defeating Nondeterminism in LLM Inference".
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ from engine.scheduler import ScheduledBatch
 
 # Of 16, 32 and 64 the one that slows decoding least (docs/LOG.md).
 NUM_ROWS: Final = 16
+# A context of 8,192 tokens with 8 key heads is then 128 blocks of a GPU's for each token.
+SPLIT_LEN: Final = 512
 
 
 def num_spare_blocks(block_size: int) -> int:
@@ -61,6 +66,7 @@ class _Rows:
                     max_query_len=1,
                     max_context_len=int(context_lens.max()),
                     num_decode_sequences=NUM_ROWS,
+                    split_len=SPLIT_LEN,
                 ),
             )
 
@@ -83,8 +89,8 @@ class BatchInvariantRunner:
         """As `Runner.run`."""
         self._cache.copy_blocks(batch.copies)
         layout = BatchLayout.of(batch, self._block_size)
-        if feed is not None:  # on the CPU, where this runner runs, they are there already
-            layout.token_ids[feed.rows] = feed.ids.numpy()[feed.sources]
+        if feed is not None:  # on a GPU this waits for the step before
+            layout.token_ids[feed.rows] = feed.ids.cpu().numpy()[feed.sources]
         order = _order(batch, layout)
         hidden = torch.cat(
             [

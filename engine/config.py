@@ -42,7 +42,7 @@ class EngineConfig:
         keeps_prefixes: Whether full blocks are kept after their requests, for prompts that begin alike.
         num_threads: Threads of the CPU operators; `None` leaves the process as it is.
         is_batch_invariant: A token's logits are the same to the last bit whatever else is in the batch. Takes
-            native kernels on the CPU, and time.
+            native kernels, attention's above all, and time; on a GPU there are no graphs with it.
         decode_graphs: Steps in which every sequence runs one token are replayed from CUDA graphs that were
             captured at start. On the CPU `on` runs the same static buffers without a graph, for tests.
         async_steps: Each step is scheduled and launched before the tokens of the one before are read, where
@@ -88,10 +88,8 @@ class EngineConfig:
                 _check_positive(field, getattr(self, field))
         _check_count("num_speculative_tokens", self.num_speculative_tokens)
         _check_share("gpu_memory_share", self.gpu_memory_share)
-        if self.is_batch_invariant and (self.is_on_gpu or self.decode_graphs == "on"):
-            raise ConfigError(
-                "is_batch_invariant", True, "must be off on any device but the CPU, and with decode_graphs"
-            )
+        if self.is_batch_invariant and self.decode_graphs == "on":
+            raise ConfigError("is_batch_invariant", True, "must be off with decode_graphs")
         if self.is_batch_invariant and self.tensor_parallel_size > 1:
             raise ConfigError("is_batch_invariant", True, "must be off with tensor_parallel_size above 1")
         if self.max_num_batched_tokens < self.max_num_sequences:

@@ -44,7 +44,7 @@ def _choose_kernels(config: EngineConfig, loading: LoadObserver | None) -> Kerne
     except KernelsUnavailableError as error:
         raise ConfigError("kernels", config.kernels, f"cannot be had: {error}") from error
     if config.is_batch_invariant and in_use.level is None:
-        raise ConfigError("is_batch_invariant", True, f"needs native CPU kernels: {in_use.reason}")
+        raise ConfigError("is_batch_invariant", True, f"needs native kernels: {in_use.reason}")
     if loading is not None:
         device = "CUDA" if config.is_on_gpu else "CPU"
         loading.on_stage(f"{device} kernels: {in_use.level or f'reference in plain torch ({in_use.reason})'}")

@@ -7,6 +7,7 @@ from typing import Final
 
 import torch
 
+from cuda_ops.cuda.attention import has_kernels
 from engine import batch_invariant, graphs
 from engine.batch_invariant import BatchInvariantRunner
 from engine.config import EngineConfig
@@ -76,7 +77,10 @@ class Placement:
 
         Raises:
             DeviceMemoryError: there is no room for it.
+            ConfigError: bits that depend on no batch are asked for and attention has no kernel for that.
         """
+        if self.config.is_batch_invariant and self.config.is_on_gpu:
+            check_invariant_attention(self.shape)
         with memory_for("cache", self.config.device):
             cache = KVCache(self.shape, num_blocks + self._num_spare_blocks(), self.device)
         if self.config.is_batch_invariant:
@@ -125,6 +129,18 @@ class Placement:
         torch.cuda.empty_cache()
         spare_bytes = self._num_spare_blocks() * self.shape.bytes_per_block
         return max(0, use.left_within(config.gpu_memory_share) - spare_bytes)
+
+
+def check_invariant_attention(shape: KVCacheShape) -> None:
+    """Refuse what a GPU's kernel does not serve: in plain torch the bits of attention depend on the batch.
+
+    Raises:
+        ConfigError: there is no such kernel.
+    """
+    if not has_kernels(shape.dtype, shape.head_dim, shape.block_size):
+        rule = "needs a kernel of paged_attention_decode on a GPU, and there is none for"
+        of = f"{shape.dtype}, heads of {shape.head_dim} and blocks of {shape.block_size} tokens"
+        raise ConfigError("is_batch_invariant", True, f"{rule} {of}")
 
 
 def cache_shape(model: ModelConfig, config: EngineConfig) -> KVCacheShape:

@@ -143,7 +143,8 @@ BlockTables check_tables(const char* op, const Tensor& tables, const Tensor& len
 
 void paged_attention_decode(Tensor out, Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables,
                             Tensor context_lens, int64_t max_context_len, double scale,
-                            std::optional<int64_t> sliding_window) {
+                            std::optional<int64_t> sliding_window,
+                            std::optional<int64_t> /*split_len: its parts are of one length always*/) {
   const char* op = "paged_attention_decode";
   const ScalarType type = type_of(op, query);
   const PagedCache cache = cache_of(op, key_cache, value_cache, type);

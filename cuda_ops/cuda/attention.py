@@ -30,6 +30,10 @@ _COPY_BYTES: Final = 16
 _BLOCKS_PER_MULTIPROCESSOR: Final = 4
 
 
+def has_kernels(dtype: torch.dtype, head_dim: int, block_size: int) -> bool:
+    return dtype in _DTYPES and head_dim in _HEAD_DIMS and block_size % _TILE == 0
+
+
 def paged_attention_decode(
     launcher: Launcher,
     out: Tensor,
@@ -41,6 +45,7 @@ def paged_attention_decode(
     max_context_len: int,
     scale: float,
     sliding_window: int | None,
+    split_len: int | None,
 ) -> None:
     """As the op, and a context of 0 tokens, a row that fills up a batch of fixed size, gives zeros.
 
@@ -60,12 +65,17 @@ def paged_attention_decode(
             max_context_len,
             scale,
             sliding_window,
+            split_len,
         )
         return
     num_kv_heads, block_size = key_cache.shape[1:3]
     group = num_heads // num_kv_heads
     parts = num_kv_heads * -(-group // _ROWS)
-    num_splits = _num_splits(launcher.num_multiprocessors, num_sequences * parts, max_context_len)
+    if split_len is None:
+        num_splits = _num_splits(launcher.num_multiprocessors, num_sequences * parts, max_context_len)
+    else:
+        num_splits = -(-max_context_len // split_len)
+    split_tiles = (split_len or 0) // _TILE
     is_split = num_splits > 1
     partial = (
         query.new_empty((num_sequences, num_heads, num_splits, head_dim), dtype=torch.float32)
@@ -93,7 +103,8 @@ def paged_attention_decode(
             out, partial, scales, query, key_cache, value_cache, block_tables, context_lens,
             c_longlong(out.stride(0)), c_longlong(out.stride(1)),
             c_longlong(query.stride(0)), c_longlong(query.stride(1)), c_longlong(block_tables.stride(0)),
-            c_int(num_kv_heads), c_int(sliding_window or 0), c_float(scale * math.log2(math.e)),
+            c_int(num_kv_heads), c_int(sliding_window or 0), c_int(split_tiles),
+            c_float(scale * math.log2(math.e)),
         ),
     )  # fmt: skip
     if is_split:
@@ -102,7 +113,7 @@ def paged_attention_decode(
             LaunchShape((num_heads, num_sequences, 1), head_dim),
             (
                 out, partial, scales, context_lens, c_longlong(out.stride(0)), c_longlong(out.stride(1)),
-                c_int(num_splits), c_int(sliding_window or 0),
+                c_int(num_splits), c_int(sliding_window or 0), c_int(split_tiles),
             ),
         )  # fmt: skip
 
@@ -169,10 +180,8 @@ def _is_native(
 ) -> bool:
     block_size, head_dim = key_cache.shape[2:]
     return (
-        query.dtype in _DTYPES
+        has_kernels(query.dtype, head_dim, block_size)
         and is_served(out, query, key_cache, value_cache)
-        and head_dim in _HEAD_DIMS
-        and block_size % _TILE == 0
         and key_cache.is_contiguous()
         and value_cache.is_contiguous()
         and (key_cache.data_ptr() | value_cache.data_ptr()) % _COPY_BYTES == 0

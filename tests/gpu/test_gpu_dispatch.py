@@ -9,6 +9,7 @@ import torch
 
 import cuda_ops
 from cuda_ops.native import use_cuda_kernels
+from engine.batch_invariant import NUM_ROWS
 from tests.support.dense_oracle import attend_densely, attention_tolerance, make_case
 
 pytestmark = pytest.mark.gpu
@@ -54,6 +55,20 @@ def test_decode_in_a_replayed_graph_follows_lengths_that_changed() -> None:
 
     error = (out.cpu().double() - attend_densely(case, None)).abs().max().item()
     assert error <= attention_tolerance(case)
+
+
+@pytest.mark.parametrize("sizes", [(768, 3072), (4096, 14336), (4096, 128256)])
+def test_product_of_a_tile_gives_a_row_the_same_bits_in_any_place_and_company(sizes: tuple[int, int]) -> None:
+    """What `is_batch_invariant` takes for granted of cuBLAS."""
+    num_inputs, num_outputs = sizes
+    weight = torch.randn(num_outputs, num_inputs, device="cuda", dtype=torch.bfloat16)
+    tile = torch.randn(NUM_ROWS, num_inputs, device="cuda", dtype=torch.bfloat16)
+    expected = torch.nn.functional.linear(tile, weight)[0]
+
+    for row in range(NUM_ROWS):
+        other = torch.randn_like(tile)
+        other[row] = tile[0]
+        assert torch.equal(torch.nn.functional.linear(other, weight)[row], expected)
 
 
 def test_kernels_run_on_the_stream_that_is_current() -> None:

@@ -102,5 +102,5 @@ def attention_calls(model: ModelShape, dtype: torch.dtype) -> Iterator[Call]:
     lengths = torch.tensor([35, 1], dtype=torch.int32)
     starts = torch.tensor([0, 1, 2], dtype=torch.int32)
     out, scale = torch.empty_like(query, memory_format=torch.contiguous_format), model.head_dim**-0.5
-    yield "paged_attention_decode", (out, query, *caches, tables, lengths, 4096, scale, None)
+    yield "paged_attention_decode", (out, query, *caches, tables, lengths, 4096, scale, None, None)
     yield "paged_attention_prefill", (out, query, *caches, starts, lengths, tables, scale, None)

@@ -2,7 +2,8 @@
 //
 // Work: block (split, kv head and part of its group, sequence). The context's tiles of 16 tokens are dealt out to the
 // splits, as many to each as the sequence's own length asks for, so that the grid is the same for every length and a
-// graph can keep it: splits without tiles end at once. Within a block the tiles go to the warps in turn. A warp loads
+// graph can keep it: splits without tiles end at once. With splits of a given length a sequence's sums are taken in
+// the same order whatever the grid, so that its bits do not depend on the batch. Within a block the tiles go to the warps in turn. A warp loads
 // its own tiles by cp.async, STAGES - 1 ahead, and needs no other warp until the end, where softmaxes are merged
 // through shared memory. All query heads of a kv head (up to 16 at a time) are rows of the same tensor core products:
 // one row or sixteen cost the same, and far less than the load, so there is no second path for small groups.
@@ -30,9 +31,10 @@ struct Span {
   bool is_alone;
 };
 
-__device__ __forceinline__ Span span_of(int split, int num_splits, int context_len, int first_token) {
+// split_tiles: of each split; 0 deals them out to all.
+__device__ __forceinline__ Span span_of(int split, int num_splits, int split_tiles, int context_len, int first_token) {
   const int first = first_token / kTile, past = (context_len + kTile - 1) / kTile;
-  const int each = max(kMinTiles, (past - first + num_splits - 1) / num_splits);
+  const int each = split_tiles > 0 ? split_tiles : max(kMinTiles, (past - first + num_splits - 1) / num_splits);
   return {first + split * each, min(past, first + (split + 1) * each), past - first <= each};
 }
 
@@ -101,16 +103,16 @@ __device__ __forceinline__ void leave(const AttendedRows<ELEMENT, HEAD_DIM, kTil
 // BLOCK_SIZE, HEAD_DIM], contiguous.  tables: [num_sequences, ...], rows table_stride apart.  context_lens:
 // [num_sequences]; 0 marks a row that fills up a batch and gives zeros.  partial: [num_sequences, heads, splits,
 // HEAD_DIM] and scales: [num_sequences, heads, splits] (log2 of the sum of weights); both null with one split.
-// scale: of scores, times log2(e).  window: tokens that are seen, 0 for all.
+// scale: of scores, times log2(e).  window: tokens that are seen, 0 for all.  split_tiles: as in span_of.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
     decode(Stored* __restrict__ out, float* __restrict__ partial, float* __restrict__ scales,
            const Stored* __restrict__ query, const Stored* __restrict__ key_cache,
            const Stored* __restrict__ value_cache, const int* __restrict__ tables, const int* __restrict__ context_lens,
            long long out_stride, long long out_head_stride, long long query_stride, long long query_head_stride,
-           long long table_stride, int num_kv_heads, int window, float scale) {
+           long long table_stride, int num_kv_heads, int window, int split_tiles, float scale) {
   const int sequence = blockIdx.z, kv_head = blockIdx.y / kParts, first_row = blockIdx.y % kParts * kRows;
   const int context_len = context_lens[sequence], first_token = first_visible(context_len, window);
-  const Span span = span_of(blockIdx.x, gridDim.x, context_len, first_token);
+  const Span span = span_of(blockIdx.x, gridDim.x, split_tiles, context_len, first_token);
   if (span.first >= span.past && blockIdx.x > 0) return;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -181,19 +183,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 extern "C" __global__ void __launch_bounds__(HEAD_DIM)
     merge_splits(Stored* __restrict__ out, const float* __restrict__ partial, const float* __restrict__ scales,
                  const int* __restrict__ context_lens, long long out_stride, long long out_head_stride, int num_splits,
-                 int window) {
+                 int window, int split_tiles) {
   const int head = blockIdx.x, sequence = blockIdx.y, column = threadIdx.x;
   const int context_len = context_lens[sequence], first_token = first_visible(context_len, window);
-  if (span_of(0, num_splits, context_len, first_token).is_alone) return;
+  if (span_of(0, num_splits, split_tiles, context_len, first_token).is_alone) return;
   const long long first = (static_cast<long long>(sequence) * gridDim.x + head) * num_splits;
   float largest = kHidden, sum = 0.0f, output = 0.0f;
   for (int split = 0; split < num_splits; ++split) {
-    const Span span = span_of(split, num_splits, context_len, first_token);
+    const Span span = span_of(split, num_splits, split_tiles, context_len, first_token);
     if (span.first >= span.past) break;
     largest = fmaxf(largest, scales[first + split]);
   }
   for (int split = 0; split < num_splits; ++split) {
-    const Span span = span_of(split, num_splits, context_len, first_token);
+    const Span span = span_of(split, num_splits, split_tiles, context_len, first_token);
     if (span.first >= span.past) break;
     const float weight = fast_exp2(scales[first + split] - largest);
     sum += weight;

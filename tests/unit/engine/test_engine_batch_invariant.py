@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cuda_ops import native
 from cuda_ops.native import use_kernels
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.kv_cache import KVCacheShape
 from engine.outputs import RequestOutput
+from engine.placement import check_invariant_attention
 from engine.sampling import SamplingParams
 from tests.support.kernels import built_levels
 from tests.support.model_folders import make_model_folder
@@ -100,10 +103,25 @@ def test_beams_are_ranked_the_same_in_any_company(folder: Path) -> None:
 def test_switch_is_refused_where_it_cannot_hold(
     opt_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=r"^is_batch_invariant=True: must be off"):
-        EngineConfig(model="folder", device="cuda", is_batch_invariant=True)
+    with pytest.raises(ConfigError, match=r"^is_batch_invariant=True: must be off with decode_graphs"):
+        EngineConfig(model="folder", device="cuda", decode_graphs="on", is_batch_invariant=True)
     with pytest.raises(ConfigError, match=r"^is_batch_invariant=True: needs native"):
         make_engine(opt_folder, kernels="reference", is_batch_invariant=True)
     monkeypatch.setattr(native, "library_path", lambda: tmp_path / "nothing.so")
     with pytest.raises(ConfigError, match="not built"):
         make_engine(opt_folder, is_batch_invariant=True)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "block_size", "dtype"),
+    [(64, 16, torch.float32), (72, 16, torch.bfloat16), (64, 8, torch.bfloat16)],
+)
+def test_switch_is_refused_on_a_gpu_where_attention_has_no_kernel(
+    head_dim: int, block_size: int, dtype: torch.dtype
+) -> None:
+    served = KVCacheShape(2, 4, 128, 16, torch.bfloat16)
+    shape = replace(served, head_dim=head_dim, block_size=block_size, dtype=dtype)
+
+    check_invariant_attention(served)
+    with pytest.raises(ConfigError, match=rf"paged_attention_decode .* {dtype}, heads of {head_dim} and"):
+        check_invariant_attention(shape)

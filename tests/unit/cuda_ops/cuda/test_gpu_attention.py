@@ -10,12 +10,18 @@ from tests.support.dense_oracle import PagedCase, attend_densely, attention_tole
 from tests.support.emulated_kernels import EmulatedLauncher, registered, require_compiler
 
 
-def decode(case: PagedCase, window: int | None = None, max_context_len: int | None = None) -> torch.Tensor:
+def decode(
+    case: PagedCase,
+    window: int | None = None,
+    max_context_len: int | None = None,
+    split_len: int | None = None,
+) -> torch.Tensor:
     # A strided result, as the first rows of a mixed batch are not; beside it nothing may be written.
     whole = torch.full((len(case.query), case.query.shape[1] + 1, case.query.shape[2]), 7.0).to(case.query)
     cuda_ops.paged_attention_decode(
         whole[:, 1:], case.query, case.key_cache, case.value_cache, case.block_tables, case.context_lens,
         max_context_len=max_context_len or case.max_context_len, scale=case.scale, sliding_window=window,
+        split_len=split_len,
     )  # fmt: skip
     assert (whole[:, 0] == 7.0).all()
     return whole[:, 1:]
@@ -59,6 +65,25 @@ def test_decode_merges_splits_of_contexts_that_fill_some_of_them(
     actual = decode(case, window, max_context_len=4096)
 
     assert error_of(actual, case, window) <= attention_tolerance(case)
+
+
+@pytest.mark.parametrize("window", [None, 700])
+def test_decode_in_splits_of_one_length_gives_the_same_bits_in_any_company(
+    window: int | None, launcher: EmulatedLauncher
+) -> None:
+    launcher.num_multiprocessors = 2
+    case = decode_case([1300, 270, 2050], group=4, head_dim=64)
+    alone = PagedCase(
+        case.query[:1], case.key_cache, case.value_cache, case.query_start[:2], case.context_lens[:1],
+        case.block_tables[:1], (1,),
+    )  # fmt: skip
+
+    together = decode(case, window, split_len=512)
+
+    assert error_of(together, case, window) <= attention_tolerance(case)
+    assert torch.equal(decode(alone, window, split_len=512), together[:1])
+    # A grid for other lengths cuts elsewhere, unless it is told where to.
+    assert not torch.equal(decode(alone, window), decode(case, window)[:1])
 
 
 @pytest.mark.usefixtures("launcher")
