@@ -25,6 +25,7 @@ def paged_attention_decode(
     max_context_len: int,
     scale: float,
     sliding_window: int | None = None,
+    soft_cap: float | None = None,
     split_len: int | None = None,
 ) -> None:
     """Let one token of each sequence, its last, attend to the sequence's whole context.
@@ -42,13 +43,15 @@ def paged_attention_decode(
         max_context_len: at least the largest of `context_lens`, at most `max_blocks * block_size`.
         scale: multiplies the scores before the softmax.
         sliding_window: a token sees itself and the `sliding_window - 1` tokens before it; None sees all.
+        soft_cap: bends scaled scores towards it, `soft_cap * tanh(score / soft_cap)`, before the softmax.
         split_len: where a kernel sums a context in parts, the tokens of each, a multiple of 16: a sequence's
             result then has the same bits in any batch. None lets the kernel choose, to fill the device.
 
     Raises:
-        OpInputError: heads do not fit together, or `split_len` is no multiple of 16.
+        OpInputError: heads do not fit together, `split_len` is no multiple of 16 or `soft_cap` not above 0.
     """
     _check_heads("paged_attention_decode", query, key_cache)
+    _check_soft_cap("paged_attention_decode", soft_cap)
     if split_len is not None and (split_len < 1 or split_len % 16):
         raise OpInputError("paged_attention_decode", f"split_len is {split_len}: must be a multiple of 16")
     _decode(
@@ -61,6 +64,7 @@ def paged_attention_decode(
         max_context_len,
         scale,
         sliding_window,
+        soft_cap,
         split_len,
     )
 
@@ -76,6 +80,7 @@ def paged_attention_prefill(
     *,
     scale: float,
     sliding_window: int | None = None,
+    soft_cap: float | None = None,
 ) -> None:
     """Let each sequence's last tokens attend causally to its context, which already holds their own keys.
 
@@ -91,13 +96,24 @@ def paged_attention_prefill(
         block_tables: `[num_sequences, max_blocks]` int32.
         scale: multiplies the scores before the softmax.
         sliding_window: as in `paged_attention_decode`.
+        soft_cap: as in `paged_attention_decode`.
 
     Raises:
-        OpInputError: heads do not fit together.
+        OpInputError: heads do not fit together, or `soft_cap` is not above 0.
     """
     _check_heads("paged_attention_prefill", query, key_cache)
+    _check_soft_cap("paged_attention_prefill", soft_cap)
     _prefill(
-        out, query, key_cache, value_cache, query_start, context_lens, block_tables, scale, sliding_window
+        out,
+        query,
+        key_cache,
+        value_cache,
+        query_start,
+        context_lens,
+        block_tables,
+        scale,
+        sliding_window,
+        soft_cap,
     )
 
 
@@ -110,6 +126,11 @@ def _check_heads(op: str, query: Tensor, key_cache: Tensor) -> None:
         )
 
 
+def _check_soft_cap(op: str, soft_cap: float | None) -> None:
+    if soft_cap is not None and not soft_cap > 0:
+        raise OpInputError(op, f"soft_cap is {soft_cap}: must be above 0")
+
+
 def _fake(*_: object) -> None:
     return None
 
@@ -117,13 +138,14 @@ def _fake(*_: object) -> None:
 _decode = define_op(
     "paged_attention_decode(Tensor(a!) out, Tensor query, Tensor key_cache, Tensor value_cache,"
     " Tensor block_tables, Tensor context_lens, int max_context_len, float scale, int? sliding_window,"
-    " int? split_len) -> ()",
+    " float? soft_cap, int? split_len) -> ()",
     reference=reference.paged_attention_decode,
     fake=_fake,
 )
 _prefill = define_op(
     "paged_attention_prefill(Tensor(a!) out, Tensor query, Tensor key_cache, Tensor value_cache,"
-    " Tensor query_start, Tensor context_lens, Tensor block_tables, float scale, int? sliding_window) -> ()",
+    " Tensor query_start, Tensor context_lens, Tensor block_tables, float scale, int? sliding_window,"
+    " float? soft_cap) -> ()",
     reference=reference.paged_attention_prefill,
     fake=_fake,
 )

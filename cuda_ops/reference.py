@@ -48,6 +48,7 @@ def paged_attention_decode(
     max_context_len: int,
     scale: float,
     sliding_window: int | None,
+    soft_cap: float | None,
     split_len: int | None,
 ) -> None:
     num_sequences, num_heads, head_dim = query.shape
@@ -60,7 +61,7 @@ def paged_attention_decode(
     for start in range(0, num_sequences, chunk):
         part = slice(start, start + chunk)
         pages = _pages(tables[part], num_kv_heads)
-        weights = _attention_weights(grouped[part], _gather(key_cache, pages), hidden[part], scale)
+        weights = _attention_weights(grouped[part], _gather(key_cache, pages), hidden[part], scale, soft_cap)
         out[part] = _sum_values(weights, value_cache, pages, hidden[part], context_lens[part])
 
 
@@ -74,6 +75,7 @@ def paged_attention_prefill(
     block_tables: Tensor,
     scale: float,
     sliding_window: int | None,
+    soft_cap: float | None,
 ) -> None:
     num_kv_heads, block_size = key_cache.shape[1:3]
     # Two device syncs on CUDA; a native kernel reads the lengths on the device.
@@ -85,7 +87,7 @@ def paged_attention_prefill(
         pages = _pages(table, num_kv_heads)
         key = _gather(key_cache, pages)[0, :, :context_len]
         value = _gather(value_cache, pages)[0, :, :context_len]
-        out[part] = _attend_causally(query[part], key, value, scale, sliding_window)
+        out[part] = _attend_causally(query[part], key, value, scale, sliding_window, soft_cap)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -260,7 +262,9 @@ def _hidden_from_decode(context_lens: Tensor, num_tokens: int, sliding_window: i
     return hidden.unsqueeze(1)
 
 
-def _attention_weights(query: Tensor, key: Tensor, hidden: Tensor, scale: float) -> Tensor:
+def _attention_weights(
+    query: Tensor, key: Tensor, hidden: Tensor, scale: float, soft_cap: float | None
+) -> Tensor:
     """Softmax of `[n, num_kv_heads, group, head_dim]` queries over `[n, num_kv_heads, context, head_dim]`.
 
     Hidden keys are written over, not added to: they may be another sequence's, and NaN.
@@ -269,6 +273,8 @@ def _attention_weights(query: Tensor, key: Tensor, hidden: Tensor, scale: float)
         `[n, num_kv_heads, group, context]` float32.
     """
     scores = torch.matmul(query.float(), key.float().transpose(-1, -2)).mul_(scale)
+    if soft_cap is not None:
+        scores = scores.div_(soft_cap).tanh_().mul_(soft_cap)
     return torch.softmax(scores.masked_fill_(hidden.unsqueeze(1), float("-inf")), dim=-1)
 
 
@@ -299,17 +305,29 @@ def _sum_values(
 
 
 def _attend_causally(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, sliding_window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
 ) -> Tensor:
     """One sequence: `[q, num_heads, head_dim]` over `[num_kv_heads, context, head_dim]`, aligned at the end.
 
     torch's fused attention keeps scores and sums in float32. The heads that share a key head are its "heads"
-    and the key heads its "batch", so keys and values are broadcast, not copied.
+    and the key heads its "batch", so keys and values are broadcast, not copied. It knows no soft cap.
     """
     query_len, num_heads, head_dim = query.shape
     num_kv_heads, context_len, _ = key.shape
     group = num_heads // num_kv_heads
     grouped = query.reshape(query_len, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    if soft_cap is not None:
+        hidden = ~_causal_mask(query_len, context_len, sliding_window, query.device)
+        rows = grouped.flatten(1, 2).unsqueeze(0)
+        of_rows = hidden.repeat(group, 1).unsqueeze(0)
+        weights = _attention_weights(rows, key.unsqueeze(0), of_rows, scale, soft_cap)[0]
+        attended = torch.matmul(weights, value.float()).view(num_kv_heads, group, query_len, head_dim)
+        return attended.permute(2, 0, 1, 3).reshape(query_len, num_heads, head_dim).to(query.dtype)
     is_plain = query_len == context_len and (sliding_window is None or sliding_window >= context_len)
     attended = F.scaled_dot_product_attention(
         grouped,

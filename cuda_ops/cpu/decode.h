@@ -92,6 +92,15 @@ INLINE void score(
   }
 }
 
+// Bends scores towards the cap: cap * tanh(score / cap), with tanh(y) = 1 - 2 / (1 + e^2y).
+INLINE void bend(float* scores, int64_t num_tokens, float cap) {
+  if (cap == __builtin_inff()) return;
+  for (int64_t t = 0; t < num_tokens; t += kLanes) {
+    const Floats grown = exponential(load(scores + t) * splat(2.0f / cap));
+    store(scores + t, splat(cap) - splat(2.0f * cap) / (splat(1.0f) + grown));
+  }
+}
+
 // Turns a chunk's scores into weights and returns by what all that was summed before has to be multiplied.
 INLINE float weigh(float* scores, int64_t num_tokens, Softmax* state) {
   const int64_t padded = round_up(num_tokens);
@@ -207,6 +216,7 @@ struct Decode {
       pages.find(cache.values, begin, end, &values);
       for (int64_t g = 0; g < group; ++g) {
         score(scores, keys, values, queries + g * padded, cache.head_dim);
+        bend(scores, keys.num_tokens, arguments.soft_cap);
         const float factor = weigh(scores, keys.num_tokens, &states[g]);
         add_weighted(totals + g * padded, factor, scores, values, cache.head_dim);
       }

@@ -36,6 +36,7 @@ struct DecodeArguments {  // an item is one key head of one sequence, with the q
   int64_t num_heads;
   int64_t window;  // tokens that a token sees, itself included; INT64_MAX is all of them
   float scale;
+  float soft_cap;  // infinity bends nothing
 };
 
 struct QueryTile {  // consecutive tokens of one sequence that attend together
@@ -54,6 +55,7 @@ struct PrefillArguments {  // an item is one key head of one tile
   int64_t num_heads;
   int64_t window;
   float scale;
+  float soft_cap;
 };
 
 struct WriteArguments {  // an item is a token

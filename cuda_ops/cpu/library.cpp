@@ -121,6 +121,11 @@ int64_t window_of(const char* op, const std::optional<int64_t>& sliding_window) 
   return sliding_window.value_or(std::numeric_limits<int64_t>::max());
 }
 
+float cap_of(const char* op, const std::optional<double>& soft_cap) {
+  STD_TORCH_CHECK(!soft_cap || *soft_cap > 0, op, ": soft_cap must be above 0");
+  return static_cast<float>(soft_cap.value_or(std::numeric_limits<double>::infinity()));
+}
+
 // Kernels follow tables blindly, so each context's entries are looked at here; 64 sequences cost a microsecond.
 BlockTables check_tables(const char* op, const Tensor& tables, const Tensor& lengths, const Tensor& key_cache) {
   check_type(op, "block_tables", tables, ScalarType::Int);
@@ -143,7 +148,7 @@ BlockTables check_tables(const char* op, const Tensor& tables, const Tensor& len
 
 void paged_attention_decode(Tensor out, Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables,
                             Tensor context_lens, int64_t max_context_len, double scale,
-                            std::optional<int64_t> sliding_window,
+                            std::optional<int64_t> sliding_window, std::optional<double> soft_cap,
                             std::optional<int64_t> /*split_len: its parts are of one length always*/) {
   const char* op = "paged_attention_decode";
   const ScalarType type = type_of(op, query);
@@ -153,7 +158,7 @@ void paged_attention_decode(Tensor out, Tensor query, Tensor key_cache, Tensor v
   const BlockTables tables = check_tables(op, block_tables, context_lens, key_cache);
   const DecodeArguments arguments{strided(out), strided(query), cache, tables,
                                   static_cast<const int32_t*>(context_lens.data_ptr()), query.size(1),
-                                  window_of(op, sliding_window), static_cast<float>(scale)};
+                                  window_of(op, sliding_window), static_cast<float>(scale), cap_of(op, soft_cap)};
   const int64_t items = query.size(0) * cache.num_kv_heads;
   run(level_in_use->kernels->decode, type, arguments, items, items * cache.head_dim * max_context_len);
 }
@@ -183,7 +188,7 @@ std::vector<QueryTile> tiles_of(const Tensor& query_start, const Tensor& context
 
 void paged_attention_prefill(Tensor out, Tensor query, Tensor key_cache, Tensor value_cache, Tensor query_start,
                              Tensor context_lens, Tensor block_tables, double scale,
-                             std::optional<int64_t> sliding_window) {
+                             std::optional<int64_t> sliding_window, std::optional<double> soft_cap) {
   const char* op = "paged_attention_prefill";
   const ScalarType type = type_of(op, query);
   const PagedCache cache = cache_of(op, key_cache, value_cache, type);
@@ -191,7 +196,7 @@ void paged_attention_prefill(Tensor out, Tensor query, Tensor key_cache, Tensor 
   const BlockTables tables = check_tables(op, block_tables, context_lens, key_cache);
   const auto tiles = tiles_of(query_start, context_lens, query.size(0), query.size(1) / cache.num_kv_heads);
   const PrefillArguments arguments{strided(out), strided(query), cache, tables, tiles.data(), query.size(1),
-                                   window_of(op, sliding_window), static_cast<float>(scale)};
+                                   window_of(op, sliding_window), static_cast<float>(scale), cap_of(op, soft_cap)};
   const int64_t items = static_cast<int64_t>(tiles.size()) * cache.num_kv_heads;
   run(level_in_use->kernels->prefill, type, arguments, items, items * 32 * 32 * cache.head_dim);
 }

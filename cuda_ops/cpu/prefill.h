@@ -146,6 +146,7 @@ struct Prefill {
       factors[row] = 1.0f;
       return;
     }
+    bend(scores, num_keys, arguments.soft_cap);
     for (int64_t t = 0; t < first; ++t) scores[t] = -__builtin_inff();
     for (int64_t t = last; t < num_keys; ++t) scores[t] = -__builtin_inff();
     factors[row] = weigh(scores, num_keys, &states[row]);

@@ -45,6 +45,7 @@ def paged_attention_decode(
     max_context_len: int,
     scale: float,
     sliding_window: int | None,
+    soft_cap: float | None,
     split_len: int | None,
 ) -> None:
     """As the op, and a context of 0 tokens, a row that fills up a batch of fixed size, gives zeros.
@@ -65,6 +66,7 @@ def paged_attention_decode(
             max_context_len,
             scale,
             sliding_window,
+            soft_cap,
             split_len,
         )
         return
@@ -93,6 +95,7 @@ def paged_attention_decode(
         "BLOCK_SIZE": block_size,
         "WARPS": warps,
         "STAGES": _STAGES,
+        "SOFT_CAP": int(soft_cap is not None),
     }
     shared = (_ROWS + warps * _STAGES * 2 * _TILE) * (head_dim + _PADDING) * _BYTES
     shared += warps * min(group, _ROWS) * 2 * 4
@@ -104,7 +107,7 @@ def paged_attention_decode(
             c_longlong(out.stride(0)), c_longlong(out.stride(1)),
             c_longlong(query.stride(0)), c_longlong(query.stride(1)), c_longlong(block_tables.stride(0)),
             c_int(num_kv_heads), c_int(sliding_window or 0), c_int(split_tiles),
-            c_float(scale * math.log2(math.e)),
+            c_float(scale * math.log2(math.e)), c_float(soft_cap or 0.0),
         ),
     )  # fmt: skip
     if is_split:
@@ -129,6 +132,7 @@ def paged_attention_prefill(
     block_tables: Tensor,
     scale: float,
     sliding_window: int | None,
+    soft_cap: float | None,
 ) -> None:
     """As the op. Nothing is read on the host: blocks that turn out to have no queries end at once."""
     num_tokens, num_heads, head_dim = query.shape
@@ -138,8 +142,9 @@ def paged_attention_prefill(
     is_native = _is_native(out, query, key_cache, value_cache, block_tables, context_lens)
     if not is_native or query_start.dtype != torch.int32 or not _stores_pairs(out):
         reference.paged_attention_prefill(
-            out, query, key_cache, value_cache, query_start, context_lens, block_tables, scale, sliding_window
-        )
+            out, query, key_cache, value_cache, query_start, context_lens, block_tables,
+            scale, sliding_window, soft_cap,
+        )  # fmt: skip
         return
     num_kv_heads, block_size = key_cache.shape[1:3]
     row_tiles = 1 if head_dim > 128 else 2
@@ -148,7 +153,8 @@ def paged_attention_prefill(
         "attention_prefill", "prefill",
         ELEMENT=ELEMENTS[query.dtype], HEAD_DIM=head_dim,
         GROUP=num_heads // num_kv_heads, BLOCK_SIZE=block_size,
-        ROW_TILES=row_tiles, QUERY_RUN=run_length((query,), query.stride(0), query.stride(1)),
+        ROW_TILES=row_tiles, SOFT_CAP=int(soft_cap is not None),
+        QUERY_RUN=run_length((query,), query.stride(0), query.stride(1)),
     )  # fmt: skip
     # Each sequence may leave one tile that is not full.
     num_tiles = num_tokens // queries + num_sequences
@@ -161,7 +167,7 @@ def paged_attention_prefill(
             c_longlong(out.stride(0)), c_longlong(out.stride(1)),
             c_longlong(query.stride(0)), c_longlong(query.stride(1)), c_longlong(block_tables.stride(0)),
             c_int(num_sequences), c_int(num_kv_heads), c_int(sliding_window or 0),
-            c_float(scale * math.log2(math.e)),
+            c_float(scale * math.log2(math.e)), c_float(soft_cap or 0.0),
         ),
     )  # fmt: skip
 

@@ -41,6 +41,7 @@ class Gemma3Config(ModelConfig):
         has_attention_bias: the projections around attention have a bias.
         attention_scale: multiplies the scores; no function of the head size here.
         sliding_window: tokens that a token of a sliding layer sees.
+        logit_soft_cap: bends the logits; None does not.
         layer_kinds: of each layer.
     """
 
@@ -48,6 +49,7 @@ class Gemma3Config(ModelConfig):
     has_attention_bias: bool
     attention_scale: float
     sliding_window: int
+    logit_soft_cap: float | None
     layer_kinds: tuple[LayerKind, ...]
 
     @classmethod
@@ -76,6 +78,7 @@ class Gemma3Config(ModelConfig):
             has_attention_bias=fields.boolean("attention_bias", default=False),
             attention_scale=fields.number("query_pre_attn_scalar", 256) ** -0.5,
             sliding_window=fields.integer("sliding_window"),
+            logit_soft_cap=_read_logit_soft_cap(fields),
             layer_kinds=_read_layer_kinds(fields),
         )
 
@@ -84,11 +87,16 @@ def _refuse_unsupported(fields: ConfigFields) -> None:
     activation = fields.text("hidden_activation", "gelu_pytorch_tanh")
     if activation != "gelu_pytorch_tanh":
         raise fields.invalid("hidden_activation", "only gelu_pytorch_tanh is supported")
-    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if fields.has(name):
-            raise fields.invalid(name, "soft caps are not supported")
+    # `transformers` reads it and then leaves it out, so what such a checkpoint was trained with is not known.
+    if fields.has("attn_logit_softcapping"):
+        raise fields.invalid("attn_logit_softcapping", "a soft cap of attention is not supported")
     if fields.boolean("use_bidirectional_attention", default=False):
         raise fields.invalid("use_bidirectional_attention", "only causal attention is supported")
+
+
+def _read_logit_soft_cap(fields: ConfigFields) -> float | None:
+    name = "final_logit_softcapping"
+    return fields.number(name) if fields.has(name) else None
 
 
 def _read_layer_kinds(fields: ConfigFields) -> tuple[LayerKind, ...]:
@@ -240,4 +248,6 @@ class Gemma3:
         return residual if delta is None else residual.add_(delta)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        return self._vocabulary.logits(self._final_norm(hidden))
+        logits = self._vocabulary.logits(self._final_norm(hidden))
+        cap = self.config.logit_soft_cap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)

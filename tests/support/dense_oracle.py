@@ -75,7 +75,7 @@ def make_case(
     )
 
 
-def attend_densely(case: PagedCase, sliding_window: int | None) -> Tensor:
+def attend_densely(case: PagedCase, sliding_window: int | None, soft_cap: float | None = None) -> Tensor:
     """Return what attention means, `[num_tokens, num_heads, head_dim]` float64."""
     block_size = case.key_cache.shape[2]
     group = case.query.shape[1] // case.key_cache.shape[1]
@@ -93,7 +93,14 @@ def attend_densely(case: PagedCase, sliding_window: int | None) -> Tensor:
             first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
             visible = slice(first, position + 1)
             rows.append(
-                _attend(case.query[start + step].double(), keys[visible], values[visible], group, case.scale)
+                _attend(
+                    case.query[start + step].double(),
+                    keys[visible],
+                    values[visible],
+                    group,
+                    case.scale,
+                    soft_cap,
+                )
             )
     return torch.stack(rows)
 
@@ -113,9 +120,13 @@ def attention_tolerance(case: PagedCase) -> float:
     return float(visible) * relative
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, group: int, scale: float) -> Tensor:
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, group: int, scale: float, soft_cap: float | None
+) -> Tensor:
     heads = []
     for head in range(query.shape[0]):
         scores = keys[:, head // group] @ query[head] * scale
+        if soft_cap is not None:
+            scores = torch.tanh(scores / soft_cap) * soft_cap
         heads.append(torch.softmax(scores, dim=0) @ values[:, head // group])
     return torch.stack(heads)

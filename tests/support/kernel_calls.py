@@ -25,6 +25,7 @@ class ModelShape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    soft_cap: float | None = None
 
 
 # Every head size, groups of 1, 4 and 8, and the hidden sizes between which others choose the same kernels.
@@ -35,6 +36,7 @@ MODELS = (
     ModelShape("llama-3-8b", 4096, 14336, 32, 8, 128),
     ModelShape("llama-3-70b", 8192, 28672, 64, 8, 128),
     ModelShape("gemma-7b", 3072, 24576, 16, 16, 256),
+    ModelShape("gemma-2-9b", 3584, 14336, 16, 8, 256, soft_cap=50.0),
 )
 
 Call = tuple[str, tuple[Any, ...]]
@@ -102,5 +104,11 @@ def attention_calls(model: ModelShape, dtype: torch.dtype) -> Iterator[Call]:
     lengths = torch.tensor([35, 1], dtype=torch.int32)
     starts = torch.tensor([0, 1, 2], dtype=torch.int32)
     out, scale = torch.empty_like(query, memory_format=torch.contiguous_format), model.head_dim**-0.5
-    yield "paged_attention_decode", (out, query, *caches, tables, lengths, 4096, scale, None, None)
-    yield "paged_attention_prefill", (out, query, *caches, starts, lengths, tables, scale, None)
+    yield (
+        "paged_attention_decode",
+        (out, query, *caches, tables, lengths, 4096, scale, None, model.soft_cap, None),
+    )
+    yield (
+        "paged_attention_prefill",
+        (out, query, *caches, starts, lengths, tables, scale, None, model.soft_cap),
+    )

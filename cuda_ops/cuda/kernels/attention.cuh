@@ -10,6 +10,22 @@ constexpr int kPadding = 8;
 constexpr int kRows = 16;
 constexpr float kHidden = -1e30f;  // a score that weighs nothing; finite, so that differences are no NaN
 
+// From the product of a query and a key to a score, in powers of two: scaled and, with SOFT_CAP, bent towards a largest
+// one by tanh(y) = 1 - 2 / (1 + e^2y).
+struct Scoring {
+  static constexpr float kLog2E = 1.4426950408889634f;
+  float scale;  // times log2(e)
+  float cap;    // of scaled scores
+
+  __device__ __forceinline__ float operator()(float product) const {
+    const float score = product * scale;
+    if constexpr (SOFT_CAP)
+      return cap * kLog2E * (1.0f - 2.0f / (1.0f + fast_exp2(score * (2.0f / cap))));
+    else
+      return score;
+  }
+};
+
 // The queries as the first factor: in registers where they fit there beside the output, else read again for every tile.
 template <class Element, int kDim, int kRowTiles>
 struct QueryRows {
@@ -58,11 +74,11 @@ struct AttendedRows {
     }
   }
 
-  // keys, values: [kTokens, kDim + kPadding] in shared memory.  scale: of scores, times log2(e).
+  // keys, values: [kTokens, kDim + kPadding] in shared memory.
   // is_visible(row, token): whether this row of the warp looks at a token of the tile.
   template <class IsVisible>
   __device__ __forceinline__ void attend(const Queries& query, const Stored* keys, const Stored* values, int lane,
-                                         float scale, IsVisible is_visible) {
+                                         Scoring score, IsVisible is_visible) {
     float scores[kRowTiles][kTokens / 8][4];
     multiply_keys(scores, query, keys, lane);
 #pragma unroll
@@ -72,7 +88,7 @@ struct AttendedRows {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           scores[m][n][i] = is_visible(m * kRows + lane / 4 + i / 2 * 8, n * 8 + lane % 4 * 2 + i % 2)
-                                ? scores[m][n][i] * scale
+                                ? score(scores[m][n][i])
                                 : kHidden;
       weigh(scores[m], m);
     }

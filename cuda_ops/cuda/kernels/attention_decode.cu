@@ -12,7 +12,7 @@
 // Moves: keys and values once, in runs of 16 * HEAD_DIM elements (4 KB at 128); per split HEAD_DIM + 1 floats a query
 // head twice. In flight on a multiprocessor of an H200 at HEAD_DIM 128: 3 blocks * 4 warps * 8 KB = 96 KB, where its
 // share of 4.3 TB/s at 700 ns of latency asks for 23 KB.
-// Takes (sm_90a, bfloat16, HEAD_DIM 128, groups of 4): 168 registers and 72 KB of shared memory, so three blocks a
+// Takes (sm_90a, bfloat16, HEAD_DIM 128, groups of 4): 167 registers and 72 KB of shared memory, so three blocks a
 // multiprocessor. The limit of 99 KB on sm_89 and sm_120 is why there are two stages.
 // Limits: 16-bit elements, BLOCK_SIZE a multiple of 16, HEAD_DIM one of 16. Not measured on a GPU yet.
 #include <attention.cuh>
@@ -103,13 +103,15 @@ __device__ __forceinline__ void leave(const AttendedRows<ELEMENT, HEAD_DIM, kTil
 // BLOCK_SIZE, HEAD_DIM], contiguous.  tables: [num_sequences, ...], rows table_stride apart.  context_lens:
 // [num_sequences]; 0 marks a row that fills up a batch and gives zeros.  partial: [num_sequences, heads, splits,
 // HEAD_DIM] and scales: [num_sequences, heads, splits] (log2 of the sum of weights); both null with one split.
-// scale: of scores, times log2(e).  window: tokens that are seen, 0 for all.  split_tiles: as in span_of.
+// scale: of scores, times log2(e).  window: tokens that are seen, 0 for all.  split_tiles: as in span_of.  soft_cap: of
+// scaled scores, read with SOFT_CAP alone.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
     decode(Stored* __restrict__ out, float* __restrict__ partial, float* __restrict__ scales,
            const Stored* __restrict__ query, const Stored* __restrict__ key_cache,
            const Stored* __restrict__ value_cache, const int* __restrict__ tables, const int* __restrict__ context_lens,
            long long out_stride, long long out_head_stride, long long query_stride, long long query_head_stride,
-           long long table_stride, int num_kv_heads, int window, int split_tiles, float scale) {
+           long long table_stride, int num_kv_heads, int window, int split_tiles, float scale,
+           float soft_cap) {
   const int sequence = blockIdx.z, kv_head = blockIdx.y / kParts, first_row = blockIdx.y % kParts * kRows;
   const int context_len = context_lens[sequence], first_token = first_visible(context_len, window);
   const Span span = span_of(blockIdx.x, gridDim.x, split_tiles, context_len, first_token);
@@ -143,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     cp_async_wait<STAGES - 1>();
     __syncwarp();
     const Stored* stage = stages + turn % STAGES * (2 * kTile * kRow);
-    rows.attend(query_rows, stage, stage + kTile * kRow, lane, scale, [&](int, int token) {
+    rows.attend(query_rows, stage, stage + kTile * kRow, lane, Scoring{scale, soft_cap}, [&](int, int token) {
       const int place = tile * kTile + token;
       return place >= first_token && place < context_len;
     });

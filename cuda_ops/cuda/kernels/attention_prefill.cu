@@ -8,7 +8,7 @@
 // Moves: keys and values once a block, from L2 for all blocks of a kv head but the first.
 // Computes 4 * HEAD_DIM FLOP a visible pair; on top of those the halves of diagonal tiles that are hidden.
 // Takes (sm_90a, bfloat16, HEAD_DIM 128): 250 registers and 68 KB of shared memory, so two blocks a multiprocessor; 20
-// bytes spill on sm_100 and sm_120. HEAD_DIM 256 has one tile of rows a warp instead of two, for its registers.
+// bytes spill on sm_120. HEAD_DIM 256 has one tile of rows a warp instead of two, for its registers.
 // Limits: mma.sync, which on Hopper reaches about 60 % of what wgmma does. Not measured on a GPU yet.
 #include <attention.cuh>
 
@@ -64,13 +64,13 @@ __device__ __forceinline__ void fetch(Stored* stage, const Stored* keys, const S
 // out, query: [num_tokens, num_kv_heads * GROUP, HEAD_DIM] by their strides.  caches: [num_blocks, num_kv_heads,
 // BLOCK_SIZE, HEAD_DIM], contiguous.  query_start: [num_sequences + 1].  context_lens: [num_sequences].  tables:
 // [num_sequences, ...], rows table_stride apart.  scale: of scores, times log2(e).  window: tokens seen, 0 for all.
-// QUERY_RUN divides the strides of query.
+// soft_cap: of scaled scores, read with SOFT_CAP alone.  QUERY_RUN divides the strides of query.
 extern "C" __global__ void __launch_bounds__(kWarps * 32)
     prefill(Stored* __restrict__ out, const Stored* __restrict__ query, const Stored* __restrict__ key_cache,
             const Stored* __restrict__ value_cache, const int* __restrict__ query_start,
             const int* __restrict__ context_lens, const int* __restrict__ tables, long long out_stride,
             long long out_head_stride, long long query_stride, long long query_head_stride, long long table_stride,
-            int num_sequences, int num_kv_heads, int window, float scale) {
+            int num_sequences, int num_kv_heads, int window, float scale, float soft_cap) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.x;
   Place place;
   if (!find_place(place, query_start, num_sequences, blockIdx.y, lane)) return;
@@ -119,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32)
     // The same for all rows of the warp: most tiles lie wholly in what each of them sees.
     const bool is_inner = first + kTokens <= my_position + 1 &&
                           (window == 0 || first > my_position + ROW_TILES * kRows - 1 - window);
-    rows.attend(query_rows, stage, stage + kTokens * kRow, lane, scale, [&](int row, int token) {
+    rows.attend(query_rows, stage, stage + kTokens * kRow, lane, Scoring{scale, soft_cap}, [&](int row, int token) {
       const int behind = my_position + row - (first + token);
       return is_inner || (behind >= 0 && (window == 0 || behind < window));
     });

@@ -51,8 +51,8 @@ def make_arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         ),
         "softmax_at": (rows, torch.rand(5) + 0.1),
         "write_kv": (key, key.clone(), *caches, torch.tensor([11, 0, 3, 4, 9])),
-        "paged_attention_decode": (out[:2], decoding, *caches, tables, lengths, 6, 0.3, 4, 16),
-        "paged_attention_prefill": (out, query, *caches, starts, lengths, tables, 0.3, None),
+        "paged_attention_decode": (out[:2], decoding, *caches, tables, lengths, 6, 0.3, 4, None, 16),
+        "paged_attention_prefill": (out, query, *caches, starts, lengths, tables, 0.3, None, 5.0),
     }
 
 

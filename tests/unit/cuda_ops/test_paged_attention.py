@@ -27,11 +27,12 @@ shapes = st.fixed_dictionaries(
     }
 )
 windows = st.none() | st.integers(1, 40)
+soft_caps = st.none() | st.sampled_from([0.5, 30.0])
 contexts = st.lists(st.integers(1, 37), min_size=1, max_size=5)
 chunks = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20)), min_size=1, max_size=4)
 
 
-def decode(case: PagedCase, sliding_window: int | None) -> torch.Tensor:
+def decode(case: PagedCase, sliding_window: int | None, soft_cap: float | None = None) -> torch.Tensor:
     out = torch.full(case.query.shape, torch.nan, dtype=case.query.dtype)
     cuda_ops.paged_attention_decode(
         out,
@@ -43,11 +44,12 @@ def decode(case: PagedCase, sliding_window: int | None) -> torch.Tensor:
         max_context_len=case.max_context_len,
         scale=case.scale,
         sliding_window=sliding_window,
+        soft_cap=soft_cap,
     )
     return out
 
 
-def prefill(case: PagedCase, sliding_window: int | None) -> torch.Tensor:
+def prefill(case: PagedCase, sliding_window: int | None, soft_cap: float | None = None) -> torch.Tensor:
     out = torch.full(case.query.shape, torch.nan, dtype=case.query.dtype)
     cuda_ops.paged_attention_prefill(
         out,
@@ -59,33 +61,36 @@ def prefill(case: PagedCase, sliding_window: int | None) -> torch.Tensor:
         case.block_tables,
         scale=case.scale,
         sliding_window=sliding_window,
+        soft_cap=soft_cap,
     )
     return out
 
 
-def assert_close(actual: torch.Tensor, case: PagedCase, sliding_window: int | None) -> None:
-    error = (actual.double() - attend_densely(case, sliding_window)).abs().max().item()
+def assert_close(
+    actual: torch.Tensor, case: PagedCase, sliding_window: int | None, soft_cap: float | None = None
+) -> None:
+    error = (actual.double() - attend_densely(case, sliding_window, soft_cap)).abs().max().item()
     assert error <= attention_tolerance(case)
 
 
 @settings(max_examples=60)
-@given(context_lens=contexts, shape=shapes, window=windows)
+@given(context_lens=contexts, shape=shapes, window=windows, soft_cap=soft_caps)
 def test_paged_decode_equals_dense_attention_over_shuffled_pages(
-    context_lens: list[int], shape: dict[str, Any], window: int | None
+    context_lens: list[int], shape: dict[str, Any], window: int | None, soft_cap: float | None
 ) -> None:
     case = make_case(context_lens, [1] * len(context_lens), **shape)
 
-    assert_close(decode(case, window), case, window)
+    assert_close(decode(case, window, soft_cap), case, window, soft_cap)
 
 
 @settings(max_examples=60)
-@given(parts=chunks, shape=shapes, window=windows)
+@given(parts=chunks, shape=shapes, window=windows, soft_cap=soft_caps)
 def test_paged_prefill_equals_dense_attention_when_chunks_continue_a_context(
-    parts: list[tuple[int, int]], shape: dict[str, Any], window: int | None
+    parts: list[tuple[int, int]], shape: dict[str, Any], window: int | None, soft_cap: float | None
 ) -> None:
     case = make_case([old + new for old, new in parts], [new for _, new in parts], **shape)
 
-    assert_close(prefill(case, window), case, window)
+    assert_close(prefill(case, window, soft_cap), case, window, soft_cap)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -322,7 +322,11 @@ def test_old_spelling_of_gemmas_two_rotary_bases_and_windows_means_the_same(tmp_
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0: soft caps are not supported"),
+        (
+            {"attn_logit_softcapping": 50.0},
+            "attn_logit_softcapping=50.0: a soft cap of attention is not supp",
+        ),
+        ({"final_logit_softcapping": -1.0}, "final_logit_softcapping=-1.0: must be"),
         ({"hidden_activation": "silu"}, "hidden_activation='silu': only gelu_pytorch_tanh"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True: only causal"),
         ({"layer_types": ["full_attention"]}, "must name 3 layers"),

@@ -192,6 +192,7 @@ VARIANTS: tuple[tuple[ModelKind, dict[str, Any]], ...] = (
     ("qwen2", {"use_sliding_window": False, "sliding_window": 5}),
     ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
     ("gemma3", {"rope_parameters": _GEMMA_ROPE, "query_pre_attn_scalar": 256}),
+    ("gemma3", {"final_logit_softcapping": 0.5}),
     ("gemma3", {"attention_bias": True, "layer_types": ["full_attention"] * 3}),
 )
 

@@ -15,20 +15,23 @@ def decode(
     window: int | None = None,
     max_context_len: int | None = None,
     split_len: int | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     # A strided result, as the first rows of a mixed batch are not; beside it nothing may be written.
     whole = torch.full((len(case.query), case.query.shape[1] + 1, case.query.shape[2]), 7.0).to(case.query)
     cuda_ops.paged_attention_decode(
         whole[:, 1:], case.query, case.key_cache, case.value_cache, case.block_tables, case.context_lens,
         max_context_len=max_context_len or case.max_context_len, scale=case.scale, sliding_window=window,
-        split_len=split_len,
+        split_len=split_len, soft_cap=soft_cap,
     )  # fmt: skip
     assert (whole[:, 0] == 7.0).all()
     return whole[:, 1:]
 
 
-def error_of(actual: torch.Tensor, case: PagedCase, window: int | None = None) -> float:
-    return float((actual.double() - attend_densely(case, window)).abs().max())
+def error_of(
+    actual: torch.Tensor, case: PagedCase, window: int | None = None, soft_cap: float | None = None
+) -> float:
+    return float((actual.double() - attend_densely(case, window, soft_cap)).abs().max())
 
 
 def decode_case(
@@ -115,13 +118,18 @@ def test_decode_is_blind_to_what_lies_in_slots_past_the_context(launcher: Emulat
     assert torch.equal(decode(case), before)
 
 
-def prefill(case: PagedCase, window: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+def prefill(
+    case: PagedCase,
+    window: int | None = None,
+    out: torch.Tensor | None = None,
+    soft_cap: float | None = None,
+) -> torch.Tensor:
     out = (
         torch.full_like(case.query, torch.nan, memory_format=torch.contiguous_format) if out is None else out
     )
     cuda_ops.paged_attention_prefill(
         out, case.query, case.key_cache, case.value_cache, case.query_start, case.context_lens,
-        case.block_tables, scale=case.scale, sliding_window=window,
+        case.block_tables, scale=case.scale, sliding_window=window, soft_cap=soft_cap,
     )  # fmt: skip
     return out
 
@@ -175,6 +183,18 @@ def test_prefill_leaves_rows_of_other_sequences_alone() -> None:
 
     assert (out[0] == 7.0).all()
     assert torch.equal(out[1:], prefill(whole)[1:])
+
+
+@pytest.mark.usefixtures("launcher")
+@pytest.mark.parametrize("soft_cap", [0.5, 50.0])
+def test_attention_bends_its_scores_towards_a_soft_cap(soft_cap: float) -> None:
+    decoding = decode_case([1, 15, 130], group=3, head_dim=64)
+    chunks = prefill_case([(70, 37), (0, 66)], group=2, head_dim=64)
+
+    decoded, prefilled = decode(decoding, soft_cap=soft_cap), prefill(chunks, soft_cap=soft_cap)
+
+    assert error_of(decoded, decoding, soft_cap=soft_cap) <= attention_tolerance(decoding)
+    assert error_of(prefilled, chunks, soft_cap=soft_cap) <= attention_tolerance(chunks)
 
 
 def test_attention_gives_the_same_bits_whatever_the_order_of_warps() -> None:
