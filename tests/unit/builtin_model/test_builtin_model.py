@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -212,15 +213,17 @@ def test_builtin_package_loads_no_torch_when_asked_for_its_path():
     subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True)
 
 
-def trial_run(out: Path) -> subprocess.Popen[str]:
+@contextmanager
+def trial_run(out: Path) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, str(TRAINING), "--steps", "2", "--out", str(out)]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ
+    ) as run:
+        try:
+            yield run
+        finally:
+            run.kill()
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
@@ -229,11 +232,11 @@ def fingerprint(folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_training_writes_the_same_bytes_twice_and_the_committed_tokenizer(tmp_path):
-    runs = {tmp_path / name: trial_run(tmp_path / name) for name in ("one", "two")}
-    for run in runs.values():
-        output, _ = run.communicate(timeout=150)
-        assert run.returncode == 0, output
-    first, second = map(fingerprint, runs)
+    with trial_run(tmp_path / "one") as one, trial_run(tmp_path / "two") as two:
+        for run in (one, two):
+            output, _ = run.communicate(timeout=150)
+            assert run.returncode == 0, output
+    first, second = fingerprint(tmp_path / "one"), fingerprint(tmp_path / "two")
     assert first == second
     committed = fingerprint(builtin.path())
     assert first["tokenizer.json"] == committed["tokenizer.json"]
