@@ -8,11 +8,12 @@ from cuda_ops.dense import linear
 from cuda_ops.kv_cache import write_kv
 from cuda_ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from cuda_ops.rotary import rotary_embedding
-from cuda_ops.sampling import sample_tokens, softmax_at
+from cuda_ops.sampling import argmax, sample_tokens, softmax_at
 
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "argmax",
     "gelu_and_mul",
     "layer_norm",
     "linear",

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from cuda_ops import reference
 from cuda_ops.errors import OpInputError
+from cuda_ops.memory import LargePages
 from cuda_ops.registry import define_op
 
 _PANEL: Final = 32
 _GROUP_BYTES: Final = 4
 _LARGEST_INT8: Final = 127
 _INT8_OFFSET: Final = 128
-# To be rounded: a large vocabulary in float32 would take several times the room of the whole model.
-_ROWS_AT_ONCE: Final = 4096
+_ROWS_AT_ONCE: Final = 64 * _PANEL
+"""Of a weight that is rounded: the float32 copy of a whole head would be the most that loading holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,28 +47,36 @@ class PackedWeight:
     sums: Tensor | None = None
 
 
-def pack_weight(weight: Tensor) -> PackedWeight:
-    """Lay out a `[num_outputs, num_inputs]` weight in float32 or bfloat16; the result is a copy."""
-    return PackedWeight(_to_panels(weight), *weight.shape)
-
-
-def quantise_weight(weight: Tensor) -> PackedWeight:
-    """Round each row to int8 in steps of 1/127 of its largest magnitude, and lay the rows out."""
+def pack_weight(weight: Tensor, pages: LargePages | None = None) -> PackedWeight:
+    """Lay out a `[num_outputs, num_inputs]` weight in float32 or bfloat16; the copy is in `pages`."""
     num_outputs, num_inputs = weight.shape
-    scales = weight.new_zeros(num_outputs, dtype=torch.float32)
-    values = torch.empty_like(weight, dtype=torch.int8)
+    panels = _empty_panels(num_outputs, num_inputs, weight.dtype, pages)
+    _fill_panels(panels, weight)
+    return PackedWeight(panels, num_outputs, num_inputs)
+
+
+def quantise_weight(weight: Tensor, pages: LargePages | None = None) -> PackedWeight:
+    """Round each row to int8 in steps of 1/127 of its largest magnitude, and lay the rows out in `pages`."""
+    num_outputs, num_inputs = weight.shape
+    panels = _empty_panels(num_outputs, num_inputs, torch.int8, pages)
+    scales, sums = torch.zeros(num_outputs), torch.zeros(num_outputs, dtype=torch.int32)
     for first in range(0, num_outputs if num_inputs else 0, _ROWS_AT_ONCE):
-        part = slice(first, first + _ROWS_AT_ONCE)
+        part = slice(first, min(first + _ROWS_AT_ONCE, num_outputs))
         rows = weight[part].float()
         scales[part] = rows.abs().amax(dim=1) / _LARGEST_INT8
-        steps = scales[part].clamp(min=torch.finfo(torch.float32).tiny)
-        values[part] = (rows / steps.unsqueeze(1)).round_().to(torch.int8)
-    sums = values.sum(dim=1, dtype=torch.int32) * _INT8_OFFSET
-    return PackedWeight(_to_panels(values), num_outputs, num_inputs, scales, sums)
+        values = (rows / scales[part].clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)).round_()
+        sums[part] = values.sum(dim=1).to(torch.int32) * _INT8_OFFSET
+        _fill_panels(panels[first // _PANEL :], values.to(torch.int8))
+    return PackedWeight(panels, num_outputs, num_inputs, scales, sums)
 
 
 def linear(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, gives_float32: bool = False
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    has_relu: bool = False,
+    gives_float32: bool = False,
 ) -> Tensor:
     """Return `x @ weight.T + bias`, summed in float32 and rounded once.
 
@@ -78,6 +87,7 @@ def linear(
         x: `[num_rows, num_inputs]`, any strides, float32 or bfloat16, the dtype of a weight that is not int8.
         weight: of `pack_weight` or `quantise_weight`.
         bias: `[num_outputs]`, dtype of x.
+        has_relu: what is below 0 becomes 0.
         gives_float32: do not round the sums to the dtype of x.
 
     Returns:
@@ -93,25 +103,35 @@ def linear(
             " x must have two axes and as many inputs as the weight",
         )
     product: Tensor = _linear(
-        x, weight.panels, weight.scales, weight.sums, bias, weight.num_outputs, gives_float32
+        x, weight.panels, weight.scales, weight.sums, bias, weight.num_outputs, has_relu, gives_float32
     )
     return product
 
 
-def rows_of(weight: PackedWeight, indices: Tensor) -> Tensor:
-    """Return rows of a weight that is not int8, as an embedding does: `[num_indices, num_inputs]`."""
+def rows_of(weight: PackedWeight, indices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return rows of a weight, as an embedding does: `[num_indices, num_inputs]` in `dtype`."""
     # Whole groups are gathered: a fourth of the elements to look up, or half, and never a row's neighbours.
     words = weight.panels.view(torch.int32)[indices // _PANEL, :, indices % _PANEL]
-    return words.flatten(1).view(weight.panels.dtype)[:, : weight.num_inputs]
+    rows = words.flatten(1).view(weight.panels.dtype)[:, : weight.num_inputs]
+    if weight.scales is None:
+        return rows.to(dtype)
+    return (rows * weight.scales[indices].unsqueeze(1)).to(dtype)
 
 
-def _to_panels(weight: Tensor) -> Tensor:
-    inputs_a_group = _GROUP_BYTES // weight.element_size()
-    padding = (0, -weight.shape[1] % inputs_a_group, 0, -weight.shape[0] % _PANEL)
-    padded = F.pad(weight, padding) if any(padding) else weight
-    num_panels, num_groups = padded.shape[0] // _PANEL, padded.shape[1] // inputs_a_group
-    panels = padded.view(num_panels, _PANEL, num_groups, inputs_a_group).transpose(1, 2)
-    return panels.contiguous()
+def _empty_panels(num_outputs: int, num_inputs: int, dtype: torch.dtype, pages: LargePages | None) -> Tensor:
+    """Zeros, which is what fills up the last panel and group."""
+    inputs_a_group = _GROUP_BYTES // dtype.itemsize
+    shape = (-(-num_outputs // _PANEL), -(-num_inputs // inputs_a_group), _PANEL, inputs_a_group)
+    return torch.zeros(shape, dtype=dtype) if pages is None else pages.zeros(shape, dtype)
+
+
+def _fill_panels(panels: Tensor, rows: Tensor) -> None:
+    """Put rows into the first panels, as many as they fill."""
+    num_groups, inputs_a_group = panels.shape[1], panels.shape[3]
+    padding = (0, num_groups * inputs_a_group - rows.shape[1], 0, -rows.shape[0] % _PANEL)
+    padded = F.pad(rows, padding) if any(padding) else rows
+    num_panels = padded.shape[0] // _PANEL
+    panels[:num_panels] = padded.view(num_panels, _PANEL, num_groups, inputs_a_group).transpose(1, 2)
 
 
 def _fake(
@@ -121,6 +141,7 @@ def _fake(
     sums: Tensor | None,
     bias: Tensor | None,
     num_outputs: int,
+    has_relu: bool,
     gives_float32: bool,
 ) -> Tensor:
     return x.new_empty((x.shape[0], num_outputs), dtype=torch.float32 if gives_float32 else x.dtype)
@@ -128,7 +149,7 @@ def _fake(
 
 _linear = define_op(
     "linear(Tensor x, Tensor panels, Tensor? scales, Tensor? sums, Tensor? bias, int num_outputs,"
-    " bool gives_float32) -> Tensor",
+    " bool has_relu, bool gives_float32) -> Tensor",
     reference=reference.linear,
     fake=_fake,
 )

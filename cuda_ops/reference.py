@@ -131,6 +131,10 @@ def gelu_and_mul(x: Tensor) -> Tensor:
     return (F.gelu(gate.float(), approximate="tanh") * up).to(x.dtype)
 
 
+def argmax(logits: Tensor) -> Tensor:
+    return logits.argmax(dim=-1)
+
+
 def softmax_at(logits: Tensor, temperatures: Tensor) -> Tensor:
     wide = logits.float()
     # The maximum moves to 0 first, so that no quotient overflows.
@@ -359,12 +363,15 @@ def linear(
     sums: Tensor | None,
     bias: Tensor | None,
     num_outputs: int,
+    has_relu: bool,
     gives_float32: bool,
 ) -> Tensor:
     weight = panels.transpose(1, 2).flatten(0, 1).flatten(1)[:num_outputs, : x.shape[1]]
     exact = None if bias is None else bias.float()
     product = _int8_product(x, weight, scales) if scales is not None else x.float() @ weight.float().T
     summed = product if exact is None else product + exact
+    if has_relu:
+        summed = summed.relu_()
     return summed if gives_float32 else summed.to(x.dtype)
 
 

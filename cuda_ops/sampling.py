@@ -111,6 +111,16 @@ def softmax_at(logits: Tensor, temperatures: Tensor) -> Tensor:
     return result
 
 
+def argmax(logits: Tensor) -> Tensor:
+    """Return each row's largest element's place, the first of equals, or of a NaN: `[num_rows]` int64.
+
+    Args:
+        logits: `[num_rows, vocab_size]`, of one column at least.
+    """
+    result: Tensor = _argmax(logits)
+    return result
+
+
 def _check_rows(logits: Tensor, numbers: Tensor, controls: Tensor) -> None:
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise OpInputError("sample_tokens", f"logits is {list(logits.shape)}: [num_rows, vocab_size]")
@@ -150,6 +160,11 @@ def _fake(logits: Tensor, temperatures: Tensor) -> Tensor:
 
 _softmax_at = define_op(
     "softmax_at(Tensor logits, Tensor temperatures) -> Tensor", reference=reference.softmax_at, fake=_fake
+)
+_argmax = define_op(
+    "argmax(Tensor logits) -> Tensor",
+    reference=reference.argmax,
+    fake=lambda logits: logits.new_empty(logits.shape[:1], dtype=torch.int64),
 )
 
 

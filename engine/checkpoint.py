@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cuda_ops.memory import LargePages
 from engine.errors import ModelLoadError
 from engine.model_config import ConfigFields
 from engine.shard import WHOLE, Shard
@@ -109,7 +110,7 @@ class Checkpoint:
     """The tensors of one model, cast to one dtype and moved to one device as they are taken.
 
     Every tensor is taken at most once; `finish` tells which were never asked for. `layout` is what layers are
-    to make of the weights they took.
+    to make of the weights they took, and `pages` where they put it on the CPU.
 
     Attributes:
         on_read: Called with the bytes of each tensor once it is read.
@@ -135,6 +136,7 @@ class Checkpoint:
         self.shard = shard
         self.num_elements = 0
         self.on_read: Callable[[int], None] = lambda num_bytes: None
+        self.pages = LargePages()
 
     @classmethod
     def open(

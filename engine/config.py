@@ -24,7 +24,8 @@ class EngineConfig:
     Attributes:
         model: A folder in Hugging Face layout, or a hub name.
         dtype: Of weights, activations and cache. `int8` rounds the weights of dense layers, each output on a
-            scale of its own, and keeps the rest in bfloat16; on the CPU only.
+            scale of its own, and embeddings that are the head's, and keeps the rest in bfloat16; on the CPU
+            only.
         device: `cpu`, `cuda` for the first GPU, `cuda:N`, or `auto`: the first GPU if there is one.
         block_size: Tokens per block of the KV cache.
         num_blocks: Blocks in the KV cache; `None` derives it from `kv_cache_bytes`.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cuda_ops.memory import LargePages
 from engine.batch import to_device
 from engine.block_manager import BlockCopy
 
@@ -42,13 +44,11 @@ class KVCache:
 
     def __init__(self, shape: KVCacheShape, num_blocks: int, device: torch.device) -> None:
         size = (num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
-        # Zeros rather than empty: attention may multiply masked slots by zero, and zero times NaN is NaN.
+        # Zeros rather than empty: attention may multiply masked slots by zero, and zero times NaN is NaN. On
+        # the CPU a block takes memory when it is first written to.
+        zeros = LargePages().zeros if device.type == "cpu" else partial(torch.zeros, device=device)
         self.layers: list[tuple[Tensor, Tensor]] = [
-            (
-                torch.zeros(size, dtype=shape.dtype, device=device),
-                torch.zeros(size, dtype=shape.dtype, device=device),
-            )
-            for _ in range(shape.num_layers)
+            (zeros(size, dtype=shape.dtype), zeros(size, dtype=shape.dtype)) for _ in range(shape.num_layers)
         ]
         self.num_blocks = num_blocks
         self.block_size = shape.block_size

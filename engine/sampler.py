@@ -208,9 +208,9 @@ def _choose(logits: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
     """`[num_rows]` int64."""
     drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     if not drawn:
-        return logits.argmax(dim=-1)
+        return cuda_ops.argmax(logits)
     has_greedy = len(drawn) < len(rows)
-    chosen = logits.argmax(dim=-1) if has_greedy else _indices([0] * len(rows), logits)
+    chosen = cuda_ops.argmax(logits) if has_greedy else _indices([0] * len(rows), logits)
     truncated = [index for index in drawn if _truncates(rows[index].params)]
     untruncated = [index for index in drawn if not _truncates(rows[index].params)]
     for group, draw_from in ((untruncated, _invert), (truncated, _draw_from_nucleus)):

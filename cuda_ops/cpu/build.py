@@ -30,6 +30,7 @@ SOURCES: Final = (
     "prefill.h",
     "rows.h",
     "linear.h",
+    "threads.h",
     "level.cpp",
     "library.cpp",
 )

@@ -106,6 +106,13 @@ struct SoftmaxArguments {  // an item is a row
   int64_t size;
 };
 
+struct ArgmaxArguments {  // an item is a row
+  const void* logits;     // [rows, size], size at least 1
+  int64_t row_stride;
+  int64_t* out;  // [rows]
+  int64_t size;
+};
+
 struct QuantiseArguments {  // an item is a row
   const void* x;            // [num_rows, size]
   int64_t x_stride;
@@ -125,6 +132,7 @@ struct LinearArguments {  // an item is a panel of outputs for a block of rows; 
   const int32_t* sums;    // [num_outputs], 128 times the sum of an int8 weight's row
   void* out;              // [num_rows, num_outputs], contiguous
   bool writes_float32;    // out is float32 whatever x is
+  bool has_relu;          // what is below 0 becomes 0
   int64_t num_rows;
   int64_t num_outputs;
   int64_t num_groups;
@@ -151,6 +159,7 @@ struct Kernels {
   ByType<GateArguments> silu_and_mul;
   ByType<GateArguments> gelu_and_mul;
   ByType<SoftmaxArguments> softmax_at;
+  ByType<ArgmaxArguments> argmax;
   ByType<QuantiseArguments> quantise;
   ByType<LinearArguments> linear;       // with a weight of the same type
   ByType<LinearArguments> linear_int8;  // with a weight of int8 and rows that are quantised

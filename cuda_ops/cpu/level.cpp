@@ -30,6 +30,7 @@ extern const Kernels kernels = {
     {gate_and_mul<float, silu>, gate_and_mul<BFloat16, silu>},
     {gate_and_mul<float, gelu>, gate_and_mul<BFloat16, gelu>},
     {softmax_at<float>, softmax_at<BFloat16>},
+    {argmax<float>, argmax<BFloat16>},
     {quantise<float>, quantise<BFloat16>},
     {linear<float, float>, linear<BFloat16, BFloat16>},
     {linear<float, Int8>, linear<BFloat16, Int8>},

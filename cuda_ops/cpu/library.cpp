@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "threads.h"
 
 namespace throughline {
 namespace {
@@ -52,26 +53,28 @@ const Level kLevels[] = {  // best first
 
 const Level* level_in_use = nullptr;
 
-// Sharing out costs the wake of a sleeping thread: less work than this is not worth it. In elements touched.
-constexpr int64_t kWorthSharing = 64 * 1024;
+// Sharing out costs a microsecond or two: less work than this is not worth it. In elements touched.
+constexpr int64_t kWorthSharing = 16 * 1024;
 
 // Threads draw items a few at a time, so that one long sequence, or a core that others use, holds up no one.
 template <class Arguments>
 void run(const ByType<Arguments>& kernels, ScalarType type, const Arguments& arguments, int64_t num_items,
          int64_t elements) {
   const auto kernel = type == ScalarType::Float ? kernels.float32 : kernels.bfloat16;
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t num_threads = torch::stable::get_num_threads();
   if (num_items == 0) return;
-  if (threads == 1 || num_items == 1 || elements < kWorthSharing) {
+  if (num_threads == 1 || num_items == 1 || elements < kWorthSharing) {
     kernel(arguments, 0, num_items);
     return;
   }
-  const int64_t share = std::max<int64_t>(1, num_items / (threads * 8));
+  const int64_t share = std::max<int64_t>(1, num_items / (num_threads * 8));
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  auto work = [&] {
     for (int64_t begin; (begin = next.fetch_add(share, std::memory_order_relaxed)) < num_items;)
       kernel(arguments, begin, std::min(begin + share, num_items));
-  });
+  };
+  threads().run(
+      num_threads, [](void* context) { (*static_cast<decltype(work)*>(context))(); }, &work);
 }
 
 ScalarType type_of(const char* op, const Tensor& tensor) {
@@ -329,6 +332,18 @@ Tensor softmax_at(Tensor logits, Tensor temperatures) {
   return out;
 }
 
+Tensor argmax(Tensor given) {
+  const char* op = "argmax";
+  const ScalarType type = type_of(op, given);
+  STD_TORCH_CHECK(given.dim() == 2 && given.size(1) >= 1, op, ": logits needs two axes and a column");
+  const Tensor logits = given.stride(1) == 1 || given.size(1) == 1 ? given : torch::stable::contiguous(given);
+  const Tensor out = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Long);
+  const ArgmaxArguments arguments{logits.data_ptr(), logits.stride(0), static_cast<int64_t*>(out.data_ptr()),
+                                  logits.size(1)};
+  run(level_in_use->kernels->argmax, type, arguments, logits.size(0), logits.numel());
+  return out;
+}
+
 // Rows as a kernel reads them: contiguous, and of whole words.
 struct WordRows {
   Tensor memory;
@@ -372,7 +387,7 @@ WordRows quantise_rows(const Tensor& x, LinearArguments& arguments, Tensor& scal
 }
 
 Tensor linear(Tensor given, Tensor panels, std::optional<Tensor> scales, std::optional<Tensor> sums,
-              std::optional<Tensor> bias, int64_t num_outputs, bool gives_float32) {
+              std::optional<Tensor> bias, int64_t num_outputs, bool has_relu, bool gives_float32) {
   const char* op = "linear";
   const ScalarType type = type_of(op, given);
   STD_TORCH_CHECK(given.dim() == 2 && num_outputs >= 0, op, ": x must have two axes");
@@ -386,6 +401,7 @@ Tensor linear(Tensor given, Tensor panels, std::optional<Tensor> scales, std::op
   arguments.weight = panels.data_ptr();
   arguments.out = out.data_ptr();
   arguments.writes_float32 = gives_float32;
+  arguments.has_relu = has_relu;
   arguments.num_rows = x.size(0);
   arguments.num_outputs = num_outputs;
   arguments.num_groups = panels.size(1);
@@ -435,6 +451,7 @@ void register_ops() {
   registration->impl("silu_and_mul", TORCH_BOX(&silu_and_mul));
   registration->impl("gelu_and_mul", TORCH_BOX(&gelu_and_mul));
   registration->impl("softmax_at", TORCH_BOX(&softmax_at));
+  registration->impl("argmax", TORCH_BOX(&argmax));
   registration->impl("linear", TORCH_BOX(&linear));
 }
 

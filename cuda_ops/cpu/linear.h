@@ -127,7 +127,8 @@ void finish_tile(const LinearArguments& arguments, const typename WordProduct<We
     const Epilogue epilogue = Epilogue::load_for<T>(arguments, panel * kPanel + i * kLanes);
     if (epilogue.count <= 0) return;
     for (int64_t r = 0; r < num_rows; ++r) {
-      const Floats values = epilogue.finish(sums[r * kVectors + i], row + r);
+      Floats values = epilogue.finish(sums[r * kVectors + i], row + r);
+      if (arguments.has_relu) values = values < Floats{} ? Floats{} : values;  // a NaN stays one
       if (arguments.writes_float32) epilogue.store_row<float>(row + r, values);
       else epilogue.store_row<T>(row + r, values);
     }

@@ -203,3 +203,33 @@ void softmax_at(const SoftmaxArguments& a, int64_t begin, int64_t end) {
     for (; i < a.size; ++i) out[i] /= sum;
   }
 }
+
+// One pass for the largest, or for any NaN, which counts as larger; another, mostly short, for its place.
+template <class T>
+void argmax(const ArgmaxArguments& a, int64_t begin, int64_t end) {
+  for (int64_t index = begin; index < end; ++index) {
+    const T* row = static_cast<const T*>(a.logits) + index * a.row_stride;
+    Floats top = splat(-__builtin_inff());
+    Ints is_nan{};
+    int64_t i = 0;
+    for (; i + kLanes <= a.size; i += kLanes) {
+      const Floats part = load(row + i);
+      top = larger(part, top);
+      is_nan |= part != part;
+    }
+    float largest = max_of_lanes(top);
+    bool has_nan = false;
+    for (int lane = 0; lane < kLanes; ++lane) has_nan = has_nan || is_nan[lane] != 0;
+    for (; i < a.size; ++i) {
+      const float value = widen(row[i]);
+      largest = value > largest ? value : largest;
+      has_nan = has_nan || value != value;
+    }
+    int64_t place = 0;
+    for (; place + 1 < a.size; ++place) {
+      const float value = widen(row[place]);
+      if (has_nan ? value != value : value == largest) break;
+    }
+    a.out[index] = place;
+  }
+}

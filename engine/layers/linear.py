@@ -16,6 +16,7 @@ from torch import Tensor
 
 import cuda_ops
 from cuda_ops.dense import PackedWeight, pack_weight, quantise_weight
+from cuda_ops.memory import LargePages
 from engine.checkpoint import Checkpoint, WeightLayout
 from engine.shard import Shard
 
@@ -35,16 +36,18 @@ class Linear:
     sums_over: Shard | None = None
 
     @classmethod
-    def lay_out(cls, weight: Tensor, bias: Tensor | None, layout: WeightLayout) -> Linear:
-        """Make a layer of a dense weight, which need not be contiguous."""
+    def lay_out(
+        cls, weight: Tensor, bias: Tensor | None, layout: WeightLayout, pages: LargePages | None = None
+    ) -> Linear:
+        """Make a layer of a dense weight, which need not be contiguous; panels are in `pages`."""
         match layout:
             case "dense":
                 reorder = torch.ops.mkldnn._reorder_linear_weight
                 return cls(reorder(weight.contiguous()) if _can_reorder(weight) else weight, bias)
             case "packed":
-                return cls(pack_weight(weight), bias)
+                return cls(pack_weight(weight, pages), bias)
             case "int8":
-                return cls(quantise_weight(weight), bias)
+                return cls(quantise_weight(weight, pages), bias)
 
     @classmethod
     def load(
@@ -53,7 +56,7 @@ class Linear:
         """A layer that every rank has whole."""
         weight = checkpoint.take(f"{name}.weight", num_outputs, num_inputs)
         bias = checkpoint.take(f"{name}.bias", num_outputs) if has_bias else None
-        return cls.lay_out(weight, bias, checkpoint.layout)
+        return cls.lay_out(weight, bias, checkpoint.layout, checkpoint.pages)
 
     @classmethod
     def load_summed(
@@ -62,7 +65,7 @@ class Linear:
         """A layer that is split by its inputs, those being another layer's outputs."""
         weight = checkpoint.take_split(f"{name}.weight", num_outputs, num_inputs, axis=1)
         bias = checkpoint.take(f"{name}.bias", num_outputs) if has_bias else None
-        return cls.lay_out(weight, bias, checkpoint.layout).summed_over(checkpoint.shard)
+        return cls.lay_out(weight, bias, checkpoint.layout, checkpoint.pages).summed_over(checkpoint.shard)
 
     @classmethod
     def load_fused(
@@ -84,7 +87,7 @@ class Linear:
         take = checkpoint.take_rows if checkpoint.shard.is_whole else checkpoint.take_split_rows
         weight = take([(f"{name}.weight", rows) for name, rows in parts], num_inputs)
         bias = take([(f"{name}.bias", rows) for name, rows in parts]) if has_bias else None
-        return cls.lay_out(weight, bias, checkpoint.layout)
+        return cls.lay_out(weight, bias, checkpoint.layout, checkpoint.pages)
 
     def summed_over(self, shard: Shard) -> Linear:
         """The same layer, of which this rank computes a part; the bias belongs to the first rank's."""
@@ -92,19 +95,26 @@ class Linear:
             return self
         return replace(self, bias=self.bias if shard.rank == 0 else None, sums_over=shard)
 
-    def __call__(self, x: Tensor, *, gives_float32: bool = False) -> Tensor:
-        """Map `[num_rows, num_inputs]` to `[num_rows, num_outputs]`, in the dtype of x or in float32."""
-        product = self._multiply(x, gives_float32=gives_float32)
-        return product if self.sums_over is None else self.sums_over.sum(product)
+    def __call__(self, x: Tensor, *, has_relu: bool = False, gives_float32: bool = False) -> Tensor:
+        """Map `[num_rows, num_inputs]` to `[num_rows, num_outputs]`, in the dtype of x or in float32.
 
-    def _multiply(self, x: Tensor, *, gives_float32: bool) -> Tensor:
+        `has_relu`: what is below 0 becomes 0.
+        """
+        if self.sums_over is None:
+            return self._multiply(x, has_relu=has_relu, gives_float32=gives_float32)
+        summed = self.sums_over.sum(self._multiply(x, has_relu=False, gives_float32=gives_float32))
+        return summed.relu_() if has_relu else summed
+
+    def _multiply(self, x: Tensor, *, has_relu: bool, gives_float32: bool) -> Tensor:
         if isinstance(self.weight, PackedWeight):
-            return cuda_ops.linear(x, self.weight, self.bias, gives_float32=gives_float32)
+            return cuda_ops.linear(x, self.weight, self.bias, has_relu=has_relu, gives_float32=gives_float32)
         product: Tensor
         if self.weight.is_mkldnn:
             product = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         else:
             product = F.linear(x, self.weight, self.bias)
+        if has_relu:
+            product = product.relu_()
         return product.float() if gives_float32 else product
 
 

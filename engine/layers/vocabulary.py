@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,12 +17,14 @@ from engine.shard import WHOLE, Shard
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
     """Attributes:
-    embeddings: `[vocab_size, size]`; the head's own weight where the two are tied and it is not int8.
+    embeddings: `[vocab_size, size]`; the head's own weight where the two are tied and it is in panels.
     head: from `size` to `vocab_size`.
+    dtype: of embedded tokens.
     """
 
     embeddings: Tensor | PackedWeight
     head: Linear
+    dtype: torch.dtype
 
     @classmethod
     def load(
@@ -32,14 +35,15 @@ class Vocabulary:
             return SplitVocabulary.load_split(checkpoint, name, vocab_size, size, is_tied=is_tied)
         embeddings = checkpoint.take(name, vocab_size, size)
         if not is_tied:
-            return cls(embeddings, Linear.load(checkpoint, "lm_head", vocab_size, size, has_bias=False))
-        head = Linear.lay_out(embeddings, None, checkpoint.layout)
-        return cls(head.weight if checkpoint.layout == "packed" else embeddings, head)
+            head = Linear.load(checkpoint, "lm_head", vocab_size, size, has_bias=False)
+            return cls(embeddings, head, checkpoint.dtype)
+        head = Linear.lay_out(embeddings, None, checkpoint.layout, checkpoint.pages)
+        return cls(head.weight if checkpoint.layout != "dense" else embeddings, head, checkpoint.dtype)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Map `[num_tokens]` to `[num_tokens, size]`."""
         if isinstance(self.embeddings, PackedWeight):
-            return rows_of(self.embeddings, token_ids)
+            return rows_of(self.embeddings, token_ids, self.dtype)
         return F.embedding(token_ids, self.embeddings)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -65,8 +69,10 @@ class SplitVocabulary(Vocabulary):
     ) -> SplitVocabulary:
         embeddings = checkpoint.take_vocabulary(name, vocab_size, size)
         head = embeddings if is_tied else checkpoint.take_vocabulary("lm_head.weight", vocab_size, size)
-        laid_out = Linear.lay_out(head, None, checkpoint.layout)
-        return cls(embeddings, laid_out, checkpoint.shard, vocab_size)
+        laid_out = Linear.lay_out(head, None, checkpoint.layout, checkpoint.pages)
+        is_shared = is_tied and checkpoint.layout != "dense"
+        rows = laid_out.weight if is_shared else embeddings
+        return cls(rows, laid_out, checkpoint.dtype, checkpoint.shard, vocab_size)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         own = self.shard.rows_of(self.vocab_size)

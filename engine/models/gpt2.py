@@ -156,11 +156,12 @@ def _load_transposed(
     """Load a layer whose checkpoint holds `[num_inputs, num_outputs]`, as GPT-2's do; split by outputs."""
     weight = checkpoint.take_split(f"{name}.weight", num_inputs, num_outputs, axis=1, num_parts=num_parts)
     bias = checkpoint.take_split(f"{name}.bias", num_outputs, axis=0, num_parts=num_parts)
-    return Linear.lay_out(weight.t(), bias, checkpoint.layout)
+    return Linear.lay_out(weight.t(), bias, checkpoint.layout, checkpoint.pages)
 
 
 def _load_summed(checkpoint: Checkpoint, name: str, num_inputs: int, num_outputs: int) -> Linear:
     """The same, split by its inputs."""
     weight = checkpoint.take_split(f"{name}.weight", num_inputs, num_outputs, axis=0)
-    layer = Linear.lay_out(weight.t(), checkpoint.take(f"{name}.bias", num_outputs), checkpoint.layout)
+    bias = checkpoint.take(f"{name}.bias", num_outputs)
+    layer = Linear.lay_out(weight.t(), bias, checkpoint.layout, checkpoint.pages)
     return layer.summed_over(checkpoint.shard)

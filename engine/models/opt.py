@@ -6,11 +6,10 @@ narrower than its layers, with a projection on either side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from engine.model_config import ConfigFields, ModelConfig
 # The first two rows of the position table belong to padding, which we do not have.
 _POSITION_OFFSET: Final = 2
 _NORM_EPS: Final = 1e-5
-_ACTIVATIONS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {"relu": torch.relu_, "gelu": F.gelu}
+_ACTIVATIONS: Final = ("relu", "gelu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +32,7 @@ class OPTConfig(ModelConfig):
 
     Attributes:
         embedding_size: width of the token embeddings.
-        activation: a key of the supported activations.
+        activation: one of the supported ones.
         has_bias: linear layers have one, the projections of the embeddings excepted.
         has_norm_affine: norms have weight and bias.
         is_pre_norm: norms stand before the blocks.
@@ -84,7 +83,7 @@ class OPTLayer:
         size = config.hidden_size
         self._num_heads = checkpoint.shard.part_of(config.num_heads)
         self._is_pre_norm = config.is_pre_norm
-        self._activation = _ACTIVATIONS[config.activation]
+        self._activation = config.activation
         self._attention = PagedAttention(scale=config.head_dim**-0.5)
         attention = f"{name}.self_attn"
         self._qkv = Linear.load_fused(
@@ -150,7 +149,9 @@ class OPTLayer:
         return self._out(self._attention(query, key, value, kv_cache, metadata))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        return self._down(self._activation(self._up(x)))
+        if self._activation == "relu":
+            return self._down(self._up(x, has_relu=True))
+        return self._down(F.gelu(self._up(x)))
 
 
 class OPT:

@@ -54,10 +54,12 @@ def test_linear_equals_the_product_rounded_once(
 
     rounded = cuda_ops.linear(x, packed, bias)
     summed = cuda_ops.linear(x, packed, bias, gives_float32=True)
+    above = cuda_ops.linear(x, packed, bias, has_relu=True)
 
     bound = summing_error(x, weight, bias)
     assert (rounded.dtype, summed.dtype) == (dtype, torch.float32)
     assert rounded.is_contiguous()
+    assert torch.equal(above, rounded.relu())
     assert ((summed.double() - exact).abs() <= bound).all()
     assert ((rounded.double() - exact).abs() <= bound + exact.abs() * ROUNDOFF[dtype] * (1 + 2**-7)).all()
 
@@ -141,8 +143,8 @@ def test_rows_of_a_packed_weight_are_its_rows(shape: tuple[int, int], dtype: tor
     _, weight, _ = make_layer(*shape, 0, dtype)
     indices = torch.tensor([shape[1] - 1, 0, shape[1] // 2])
 
-    assert torch.equal(rows_of(pack_weight(weight), indices), weight[indices])
-    assert rows_of(pack_weight(weight), indices[:0]).shape == (0, shape[0])
+    assert torch.equal(rows_of(pack_weight(weight), indices, dtype), weight[indices])
+    assert rows_of(pack_weight(weight), indices[:0], dtype).shape == (0, shape[0])
 
 
 def test_quantising_leaves_the_weight_as_it_was() -> None:

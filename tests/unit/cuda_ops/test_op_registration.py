@@ -28,8 +28,8 @@ def make_arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     decoding, out = query[:2], torch.empty_like(query)
     dense, int8 = pack_weight(torch.randn(35, size, dtype=dtype)), quantise_weight(torch.randn(35, size))
     return {
-        "linear": (rows, dense.panels, None, None, bias.new_zeros(35), 35, False),
-        "linear, int8": (rows, int8.panels, int8.scales, int8.sums, None, 35, True),
+        "linear": (rows, dense.panels, None, None, bias.new_zeros(35), 35, True, False),
+        "linear, int8": (rows, int8.panels, int8.scales, int8.sums, None, 35, False, True),
         "rms_norm": (rows, weight, 1e-5),
         "add_rms_norm": (rows, residual, weight, 1e-5),
         "layer_norm": (rows, weight, bias, 1e-5),
@@ -37,6 +37,7 @@ def make_arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "rotary_embedding": (query.clone(), key.clone(), torch.randn(5, 8)),
         "silu_and_mul": (rows,),
         "gelu_and_mul": (rows,),
+        "argmax": (rows,),
         "sample_tokens": (
             rows,
             torch.arange(20).view(5, 4),

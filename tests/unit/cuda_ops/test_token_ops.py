@@ -163,6 +163,22 @@ def test_softmax_at_equals_its_formula_on_strided_rows(size: int, dtype: torch.d
     assert ((actual.double() - exact).abs() <= exact * 8 * width * ROUNDOFF[torch.float32] + 1e-30).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 15, 16, 50, 1000])
+def test_argmax_is_the_first_of_the_largest_or_of_a_nan(size: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(size)
+    # Few values, so that nearly every row has several largest; strided rows.
+    logits = torch.randint(-3, 3, (40, size + 1)).to(dtype)[:, 1:]
+    logits[10] = -torch.inf
+    logits[20, size // 2] = torch.inf
+    logits[30, size // 3 :] = torch.nan
+
+    expected = [min(range(size), key=lambda i: (row[i] == row[i], -row[i], i)) for row in logits.tolist()]
+
+    assert cuda_ops.argmax(logits).tolist() == expected
+    assert cuda_ops.argmax(logits[:0]).tolist() == []
+
+
 def test_softmax_at_puts_all_on_the_maximum_when_the_temperature_is_tiny() -> None:
     logits = torch.randn(3, 100)
 

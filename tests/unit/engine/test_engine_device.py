@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cuda_ops.memory import LargePages
 from engine.attention import AttentionMetadata
 from engine.config import EngineConfig
 from engine.core import Engine
@@ -102,7 +103,7 @@ def test_largest_step_fills_the_budget_with_prompts_that_end_full_contexts(
     ("owner", "name", "setting"),
     [
         (OPT, "load", "dtype"),
-        (torch, "zeros", "kv_cache_bytes"),
+        (LargePages, "zeros", "kv_cache_bytes"),
     ],
 )
 def test_engine_says_what_to_change_when_memory_runs_out_at_the_start(
@@ -114,7 +115,7 @@ def test_engine_says_what_to_change_when_memory_runs_out_at_the_start(
     if owner is OPT:
         monkeypatch.setattr(OPT, "__init__", fail)
     else:
-        monkeypatch.setattr("engine.kv_cache.torch.zeros", fail)
+        monkeypatch.setattr("engine.kv_cache.LargePages", fail)
 
     with pytest.raises(DeviceMemoryError, match=f"^cpu ran out of memory.*{setting}") as caught:
         make_engine(opt_folder)
