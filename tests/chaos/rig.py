@@ -29,7 +29,7 @@ from jobs.settings import JobsSettings
 from telemetry.receiver import Receiver
 from tests.chaos.schedule import Fault, Kind
 from tests.support.api_process import start_api
-from tests.support.processes import wait_until
+from tests.support.processes import children, wait_until
 from tests.support.queue_lab import WorkerProcess
 from tests.support.tcp_proxy import TcpProxy
 from tests.support.valkey import ValkeyServer, free_port, running_valkey
@@ -289,11 +289,7 @@ class Rig:
 
 
 def engine_pid(worker_pid: int) -> int:
-    found = [
-        int(child)
-        for task in Path(f"/proc/{worker_pid}/task").iterdir()
-        for child in (task / "children").read_text().split()
-    ]
+    found = children(worker_pid)
     assert len(found) == 1, found
     return found[0]
 

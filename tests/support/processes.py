@@ -35,3 +35,17 @@ def wait_until(condition: Callable[[], bool], *, timeout_seconds: float, what: s
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout_seconds:g} s: {what}")
         time.sleep(0.02)
+
+
+def of_each_thread(pid: int, name: str) -> list[str]:
+    """What Linux tells under this name of each thread of a process; one that ends meanwhile is left out."""
+    told = []
+    for path in Path(f"/proc/{pid}/task").glob(f"*/{name}"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            told.append(path.read_text())
+    return told
+
+
+def children(pid: int) -> list[int]:
+    """Of any of the process's threads."""
+    return [int(child) for told in of_each_thread(pid, "children") for child in told.split()]

@@ -32,7 +32,7 @@ from jobs.record import JOB_FIELDS, new_record, to_job
 from jobs.redis_connection import connect
 from jobs.registry import queue_name
 from jobs.settings import JobsSettings
-from tests.support.processes import wait_until
+from tests.support.processes import children, wait_until
 from tests.support.valkey import ValkeyServer, running_valkey
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,20 +70,12 @@ class WorkerProcess:
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 
     def engine_pid(self) -> int:
-        found = self._children()
+        found = children(self.process.pid)
         assert len(found) == 1, found
         return found[0]
 
     def has_engine(self) -> bool:
-        return len(self._children()) == 1
-
-    def _children(self) -> list[int]:
-        """Of any of the worker's threads."""
-        return [
-            int(child)
-            for task in Path(f"/proc/{self.process.pid}/task").iterdir()
-            for child in (task / "children").read_text().split()
-        ]
+        return len(children(self.process.pid)) == 1
 
     def kill(self) -> None:
         """SIGKILL to the worker and, by its own arrangement, the end of its engine."""

@@ -25,7 +25,7 @@ from telemetry import names
 from telemetry.receiver import Receiver
 from telemetry.record import SpanRecord
 from telemetry.tree import Node, tree
-from tests.support.processes import wait_until
+from tests.support.processes import of_each_thread, wait_until
 from tests.support.stack import RunningStack
 from tests.support.trace_invariants import check_trace_invariants
 from tests.support.trace_losses import check_nothing_lost
@@ -177,10 +177,7 @@ def usage_told(*replies: httpx.Response) -> dict[str, tuple[int, int]]:
 
 def is_stopped(pid: int) -> bool:
     """Its threads stand still, which is a moment after the signal."""
-    states = [
-        path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")
-    ]
-    return set(states) == {"T"}
+    return {told.rpartition(")")[2].split()[0] for told in of_each_thread(pid, "stat")} == {"T"}
 
 
 @contextmanager
