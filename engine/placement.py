@@ -16,7 +16,6 @@ from engine.errors import ConfigError
 from engine.graphs import GraphRunner, StaticBatch, graphs_on
 from engine.kv_cache import KVCache, KVCacheShape
 from engine.largest_step import run_largest_step
-from engine.model_config import ModelConfig
 from engine.model_runner import ModelRunner
 from engine.models import CausalLM
 from engine.weights import LoadObserver
@@ -43,7 +42,14 @@ class Placement:
 
     @property
     def shape(self) -> KVCacheShape:
-        return cache_shape(self.model.config, self.config)
+        model, config = self.model.config, self.config
+        return KVCacheShape(
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads // config.tensor_parallel_size,
+            head_dim=model.head_dim,
+            block_size=config.block_size,
+            dtype=getattr(torch, config.activation_dtype),
+        )
 
     def num_blocks_affordable(self) -> int:
         """Blocks to hand out, by the settings and what memory there is; on a GPU the largest step tells.
@@ -141,16 +147,6 @@ def check_invariant_attention(shape: KVCacheShape) -> None:
         rule = "needs a kernel of paged_attention_decode on a GPU, and there is none for"
         of = f"{shape.dtype}, heads of {shape.head_dim} and blocks of {shape.block_size} tokens"
         raise ConfigError("is_batch_invariant", True, f"{rule} {of}")
-
-
-def cache_shape(model: ModelConfig, config: EngineConfig) -> KVCacheShape:
-    return KVCacheShape(
-        num_layers=model.num_layers,
-        num_kv_heads=model.num_kv_heads // config.tensor_parallel_size,
-        head_dim=model.head_dim,
-        block_size=config.block_size,
-        dtype=getattr(torch, config.activation_dtype),
-    )
 
 
 def _ignore(_: str) -> None:

@@ -132,13 +132,13 @@ class Ranks:
             except OSError as error:
                 raise RankError(self._describe_loss() or f"rank {other.rank} does not listen") from error
 
-    def answers(self) -> list[object]:
-        """Wait for what each rank has to say to the last command.
+    def answers(self) -> list[int | None]:
+        """Wait for what each rank has to say to the last command: a number to `Measure`, None to others.
 
         Raises:
             EngineError: a rank's own error, or RankError if it is gone.
         """
-        answers = []
+        answers: list[int | None] = []
         for other in self._others:
             try:
                 answer = other.connection.recv()
@@ -245,7 +245,7 @@ class SharedPlacement:
         """As the rank with the least room."""
         self.ranks.tell(Measure(self.own.max_model_len))
         num_blocks = _explained(self.ranks, self.own.num_blocks_affordable)
-        return min(num_blocks, *(int(str(answer)) for answer in self.ranks.answers()))
+        return min(num_blocks, *(answer for answer in self.ranks.answers() if answer is not None))
 
     def make_runner(self, num_blocks: int, loading: LoadObserver | None = None) -> SharedRunner:
         self.ranks.tell(MakeRunner(num_blocks))

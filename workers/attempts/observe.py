@@ -59,7 +59,7 @@ class _EngineTimes:
 
 @dataclass(frozen=True, slots=True)
 class AttemptObserver:
-    """Called in the task's thread, inside its `process` span. Drawing spans must never fail a job."""
+    """Called where the task runs, inside its `process` span. Drawing spans must never fail a job."""
 
     model: str
     captures_content: bool = False
