@@ -16,7 +16,7 @@ other tokens on the other kind of device.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -113,11 +113,7 @@ def choose(logits: Tensor, rows: SequenceOf[SamplerRow]) -> ChosenTokens:
 
     Waits for no GPU.
     """
-    own = _select(logits, [row.row for row in rows])
-    if own.is_cuda:
-        return choose_by_race(own, rows)
-    token_ids = _choose(_apply_changes(own, rows), rows)
-    return ChosenTokens(token_ids, _are_sound(own, rows, token_ids))
+    return _choose_each(_select(logits, [row.row for row in rows]), rows)
 
 
 @torch.inference_mode()
@@ -126,7 +122,7 @@ def sample(logits: Tensor, rows: SequenceOf[SamplerRow]) -> list[SampledToken]:
     if not rows:
         return []
     own = _select(logits, [row.row for row in rows])
-    return complete(choose(logits, rows), own, rows)
+    return complete(_choose_each(own, rows), own, rows)
 
 
 @torch.inference_mode()
@@ -204,6 +200,14 @@ def _indices(values: SequenceOf[int], like: Tensor) -> Tensor:
     return to_device(np.array(values, dtype=np.int64), like.device)
 
 
+def _choose_each(logits: Tensor, rows: SequenceOf[SamplerRow]) -> ChosenTokens:
+    """As `choose`; `logits` has a row for each of `rows`."""
+    if logits.is_cuda:
+        return choose_by_race(logits, rows)
+    token_ids = _choose(_apply_changes(logits, rows), rows)
+    return ChosenTokens(token_ids, _are_sound(logits, rows, token_ids))
+
+
 def _choose(logits: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
     """`[num_rows]` int64."""
     drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
@@ -241,8 +245,6 @@ def _probabilities(logits: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
 
 def _draw_from_nucleus(probabilities: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
     """Draw from the head of each row, the first that is long enough: a row's own affair, not the batch's."""
-    if probabilities.device.type == "cuda":
-        return _draw_without_looking(probabilities, rows)
     chosen = torch.zeros(len(rows), dtype=torch.int64)
     left = list(range(len(rows)))
     vocab_size = probabilities.shape[-1]
@@ -256,22 +258,6 @@ def _draw_from_nucleus(probabilities: Tensor, rows: SequenceOf[SamplerRow]) -> T
         left = [index for place, index in enumerate(left) if place not in held]
         if not left:
             break
-    return chosen
-
-
-def _draw_without_looking(probabilities: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
-    """The same where looking at a head would be waiting for the device: whole rows, unless top_k bounds."""
-    chosen = torch.zeros(len(rows), dtype=torch.int64, device=probabilities.device)
-    vocab_size = probabilities.shape[-1]
-    groups: dict[int, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        top_k = row.params.top_k
-        sizes = (size for size in _NUCLEUS_SIZES if 0 < top_k <= size < vocab_size)
-        groups[next(sizes, vocab_size)].append(index)
-    for size, group in groups.items():
-        head, ids = _most_probable(_select(probabilities, group), size)
-        drawn = _draw_from_head(head, ids, [rows[index] for index in group])
-        chosen[_indices(group, probabilities)] = drawn
     return chosen
 
 
