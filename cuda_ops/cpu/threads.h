@@ -81,18 +81,21 @@ class Threads {
     return false;
   }
 
+  // Who was asleep when a call began may come too late for it, and for the next, had it to be woken again: whatever
+  // wakes it, it spins before it sleeps.
   uint64_t wait_for_call(uint64_t last_call) {
-    const auto until = std::chrono::steady_clock::now() + kSpin;
-    do {
-      for (int i = 0; i < 16; ++i, pause_briefly())
-        if (const uint64_t gate = gate_.load(); is_new(gate, last_call)) return gate;
-    } while (std::chrono::steady_clock::now() < until);
-    std::unique_lock<std::mutex> lock(sleep_);
-    num_asleep_.fetch_add(1);
-    uint64_t gate = 0;
-    wake_.wait(lock, [&] { return is_new(gate = gate_.load(), last_call); });
-    num_asleep_.fetch_sub(1);
-    return gate;
+    for (;;) {
+      const auto until = std::chrono::steady_clock::now() + kSpin;
+      uint64_t gate = 0;
+      do {
+        for (int i = 0; i < 16; ++i, pause_briefly())
+          if (is_new(gate = gate_.load(), last_call)) return gate;
+      } while (std::chrono::steady_clock::now() < until);
+      std::unique_lock<std::mutex> lock(sleep_);
+      num_asleep_.fetch_add(1);
+      wake_.wait(lock, [&] { return gate_.load() / kNextCall != gate / kNextCall; });
+      num_asleep_.fetch_sub(1);
+    }
   }
 
   void wake() {
