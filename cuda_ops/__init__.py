@@ -6,19 +6,23 @@ from cuda_ops.activation import gelu_and_mul, silu_and_mul
 from cuda_ops.attention import paged_attention_decode, paged_attention_prefill
 from cuda_ops.dense import linear
 from cuda_ops.kv_cache import write_kv
+from cuda_ops.lookup import add, add_rows, panel_rows
 from cuda_ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from cuda_ops.rotary import rotary_embedding
 from cuda_ops.sampling import argmax, sample_tokens, softmax_at
 
 __all__ = [
+    "add",
     "add_layer_norm",
     "add_rms_norm",
+    "add_rows",
     "argmax",
     "gelu_and_mul",
     "layer_norm",
     "linear",
     "paged_attention_decode",
     "paged_attention_prefill",
+    "panel_rows",
     "rms_norm",
     "rotary_embedding",
     "sample_tokens",

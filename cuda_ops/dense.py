@@ -19,11 +19,11 @@ from cuda_ops.errors import OpInputError
 from cuda_ops.memory import LargePages
 from cuda_ops.registry import define_op
 
-_PANEL: Final = 32
+PANEL: Final = 32
 _GROUP_BYTES: Final = 4
 _LARGEST_INT8: Final = 127
 _INT8_OFFSET: Final = 128
-_ROWS_AT_ONCE: Final = 64 * _PANEL
+_ROWS_AT_ONCE: Final = 64 * PANEL
 """Of a weight that is rounded: the float32 copy of a whole head would be the most that loading holds."""
 
 
@@ -66,7 +66,7 @@ def quantise_weight(weight: Tensor, pages: LargePages | None = None) -> PackedWe
         scales[part] = rows.abs().amax(dim=1) / _LARGEST_INT8
         values = (rows / scales[part].clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)).round_()
         sums[part] = values.sum(dim=1).to(torch.int32) * _INT8_OFFSET
-        _fill_panels(panels[first // _PANEL :], values.to(torch.int8))
+        _fill_panels(panels[first // PANEL :], values.to(torch.int8))
     return PackedWeight(panels, num_outputs, num_inputs, scales, sums)
 
 
@@ -108,30 +108,20 @@ def linear(
     return product
 
 
-def rows_of(weight: PackedWeight, indices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return rows of a weight, as an embedding does: `[num_indices, num_inputs]` in `dtype`."""
-    # Whole groups are gathered: a fourth of the elements to look up, or half, and never a row's neighbours.
-    words = weight.panels.view(torch.int32)[indices // _PANEL, :, indices % _PANEL]
-    rows = words.flatten(1).view(weight.panels.dtype)[:, : weight.num_inputs]
-    if weight.scales is None:
-        return rows.to(dtype)
-    return (rows * weight.scales[indices].unsqueeze(1)).to(dtype)
-
-
 def _empty_panels(num_outputs: int, num_inputs: int, dtype: torch.dtype, pages: LargePages | None) -> Tensor:
     """Zeros, which is what fills up the last panel and group."""
     inputs_a_group = _GROUP_BYTES // dtype.itemsize
-    shape = (-(-num_outputs // _PANEL), -(-num_inputs // inputs_a_group), _PANEL, inputs_a_group)
+    shape = (-(-num_outputs // PANEL), -(-num_inputs // inputs_a_group), PANEL, inputs_a_group)
     return torch.zeros(shape, dtype=dtype) if pages is None else pages.zeros(shape, dtype)
 
 
 def _fill_panels(panels: Tensor, rows: Tensor) -> None:
     """Put rows into the first panels, as many as they fill."""
     num_groups, inputs_a_group = panels.shape[1], panels.shape[3]
-    padding = (0, num_groups * inputs_a_group - rows.shape[1], 0, -rows.shape[0] % _PANEL)
+    padding = (0, num_groups * inputs_a_group - rows.shape[1], 0, -rows.shape[0] % PANEL)
     padded = F.pad(rows, padding) if any(padding) else rows
-    num_panels = padded.shape[0] // _PANEL
-    panels[:num_panels] = padded.view(num_panels, _PANEL, num_groups, inputs_a_group).transpose(1, 2)
+    num_panels = padded.shape[0] // PANEL
+    panels[:num_panels] = padded.view(num_panels, PANEL, num_groups, inputs_a_group).transpose(1, 2)
 
 
 def _fake(

@@ -3,7 +3,9 @@
 OpError
 ├── OpInputError             shapes or dtypes that do not fit together; not retryable, the caller's bug
 ├── KernelsUnavailableError  native kernels were asked for and cannot be had; not retryable
-└── KernelCompileError       a GPU kernel does not compile here; not retryable
+├── KernelCompileError       a GPU kernel does not compile here; not retryable
+├── NotRecordableError       a function cannot be done again from a recording; not retryable
+└── RecordedCallError        what a recording read leads outside the cache; not retryable, the caller's bug
 """
 
 from __future__ import annotations
@@ -46,3 +48,18 @@ class KernelCompileError(OpError):
 
     def __reduce__(self) -> tuple[type[KernelCompileError], tuple[str, str, str]]:
         return type(self), (self.variant, self.arch, self.log)
+
+
+class NotRecordableError(OpError):
+    """Names the op whose result decides what is done next."""
+
+    def __init__(self, op: str) -> None:
+        super().__init__(f"{op} cannot be recorded: what follows may depend on its numbers")
+        self.op = op
+
+    def __reduce__(self) -> tuple[type[NotRecordableError], tuple[str]]:
+        return type(self), (self.op,)
+
+
+class RecordedCallError(OpError):
+    """Says which op read what; holds no data."""

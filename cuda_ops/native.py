@@ -13,18 +13,33 @@ import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import torch
 
 from cuda_ops.cpu.build import failure_path, library_path
 from cuda_ops.cuda.compiler import cache_folder
 from cuda_ops.errors import KernelsUnavailableError
+from cuda_ops.registry import NAMESPACE
 
 KernelChoice = Literal["auto", "native", "reference"]
 """`auto` takes native kernels where they are, `native` insists on them."""
 
 KERNEL_CHOICES: Final[tuple[KernelChoice, ...]] = get_args(KernelChoice)
+
+
+_RECORDING_FUNCTIONS: Final[tuple[tuple[str, Any, list[Any]], ...]] = (
+    ("arena_new", ctypes.c_void_p, []),
+    ("arena_free", None, [ctypes.c_void_p]),
+    ("arena_take", ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_int64]),
+    ("arena_give", None, [ctypes.c_void_p, ctypes.c_void_p]),
+    ("recording_new", ctypes.c_void_p, [ctypes.c_void_p]),
+    ("recording_free", None, [ctypes.c_void_p]),
+    ("record", None, [ctypes.c_void_p]),
+    ("recording_size", ctypes.c_int64, [ctypes.c_void_p]),
+    ("recording_keeps", ctypes.c_bool, [ctypes.c_void_p, ctypes.c_int64]),
+    ("replay", ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +121,20 @@ def native_levels() -> tuple[str, ...]:
     return tuple(names.decode().split())
 
 
+def has_native_kernels() -> bool:
+    """Whether ops on the CPU run native kernels now."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::linear", "CPU"))
+
+
+def loaded_library() -> ctypes.CDLL:
+    """The CPU kernels' library.
+
+    Raises:
+        KernelsUnavailableError: it is not there, or torch cannot load it.
+    """
+    return _load(library_path())
+
+
 @dataclass(frozen=True, slots=True)
 class _CudaKernels:
     arch: str
@@ -142,4 +171,7 @@ def _load(path: Path) -> ctypes.CDLL:
         ) from error
     library.throughline_cpu_levels.restype = ctypes.c_char_p
     library.throughline_cpu_use.argtypes = [ctypes.c_char_p]
+    for name, result, arguments in _RECORDING_FUNCTIONS:
+        function = getattr(library, f"throughline_cpu_{name}")
+        function.restype, function.argtypes = result, arguments
     return library

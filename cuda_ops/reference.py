@@ -380,3 +380,29 @@ def _int8_product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     largest = rows.abs().amax(dim=1, keepdim=True) if x.shape[1] else rows.new_zeros(x.shape[0], 1)
     values = torch.round(rows * (127 / largest).masked_fill(largest == 0, 0))
     return (values @ weight.float().T) * (scales * (largest / 127))
+
+
+def panel_rows(
+    panels: Tensor,
+    scales: Tensor | None,
+    indices: Tensor,
+    num_outputs: int,
+    num_inputs: int,
+    gives_float32: bool,
+) -> Tensor:
+    panel = panels.shape[2]
+    # Whole groups are gathered: a fourth of the elements to look up, or half, and never a row's neighbours.
+    words = panels.view(torch.int32)[indices // panel, :, indices % panel]
+    rows = words.flatten(1).view(panels.dtype)[:, :num_inputs]
+    dtype = torch.float32 if gives_float32 else torch.bfloat16
+    if scales is None:
+        return rows.to(dtype)
+    return (rows * scales[indices].unsqueeze(1)).to(dtype)
+
+
+def add_rows(x: Tensor, table: Tensor, indices: Tensor, offset: int) -> None:
+    x += table[indices + offset]
+
+
+def add(x: Tensor, delta: Tensor) -> None:
+    x += delta

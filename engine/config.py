@@ -44,8 +44,9 @@ class EngineConfig:
         num_threads: Threads of the CPU operators; `None` leaves the process as it is.
         is_batch_invariant: A token's logits are the same to the last bit whatever else is in the batch. Takes
             native kernels, attention's above all, and time; on a GPU there are no graphs with it.
-        decode_graphs: Steps in which every sequence runs one token are replayed from CUDA graphs that were
-            captured at start. On the CPU `on` runs the same static buffers without a graph, for tests.
+        decode_graphs: Steps in which every sequence runs one token are replayed: from CUDA graphs that were
+            captured at start, on the CPU from recorded calls of the native kernels, one recording for each
+            size of batch that comes. Without native kernels `on` runs the same static buffers, for tests.
         async_steps: Each step is scheduled and launched before the tokens of the one before are read, where
             the requests in it allow that (`SamplingParams.can_run_ahead`); never with speculation.
         kernels: What the ops on the CPU run, for the whole process: `auto` takes native kernels where they

@@ -3,6 +3,9 @@
     step of n sequences, one token each ─▶ next larger bucket ─▶ fill the buffers ─▶ replay ─▶ first n rows
     any other step                      ─▶ run as it is
 
+On a GPU the buckets are few and captured at start. On the CPU, where a row of padding costs its arithmetic and
+a capture no more than the step itself, every size is a bucket and is captured when it first comes.
+
 A graph reads and writes where it did when it was captured, so its input is copied into buffers of fixed place
 and largest shape. Rows that only fill up a bucket write their keys and values behind all blocks that are
 handed out, each into a slot of its own, and read one of those.
@@ -20,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cuda_ops.recording import Arena, Recording, record
 from engine.attention import AttentionMetadata
 from engine.batch import BatchLayout, Feed, ModelInput, to_pinned
 from engine.kv_cache import KVCache
@@ -64,8 +68,25 @@ class CudaGraph:
         return self._outputs
 
 
+class RecordedGraph:
+    """The CPU's form: our kernels' calls without Python in between (`cuda_ops/recording.py`)."""
+
+    def __init__(self, arena: Arena) -> None:
+        """`arena`: of all graphs of one runner, none of which runs beside another."""
+        self._arena = arena
+        self._recording: Recording[Outputs] | None = None
+
+    def capture(self, run: Callable[[], Outputs]) -> None:
+        self._recording = record(run, self._arena)
+
+    def replay(self) -> Outputs:
+        assert self._recording is not None, "captured first"
+        self._recording.replay()
+        return self._recording.result
+
+
 class DirectGraph:
-    """The CPU's form: runs what was captured, over the same buffers and into the same result."""
+    """Runs what was captured, over the same buffers and into the same result: what a graph means."""
 
     def __init__(self) -> None:
         self._captured: tuple[Callable[[], Outputs], Outputs] | None = None
@@ -82,18 +103,21 @@ class DirectGraph:
 
 
 def bucket_sizes(max_num_sequences: int) -> list[int]:
-    """Sizes of batch that are captured, ascending; the last is `max_num_sequences`."""
+    """A few sizes of batch, ascending, the last `max_num_sequences`: what is captured at a GPU's start."""
     fixed = chain(_SMALL_SIZES, *_RANGES)
     return [*takewhile(lambda size: size < max_num_sequences, fixed), max_num_sequences]
 
 
-def num_spare_blocks(max_num_sequences: int, block_size: int) -> int:
+def every_size(max_num_sequences: int) -> list[int]:
+    return list(range(1, max_num_sequences + 1))
+
+
+def num_spare_blocks(sizes: Sequence[int], block_size: int) -> int:
     """Blocks past those of the block manager that the cache needs, for the keys and values of padding."""
-    return -(-_most_padding(max_num_sequences) // block_size)
+    return -(-_most_padding(sizes) // block_size)
 
 
-def _most_padding(max_num_sequences: int) -> int:
-    sizes = bucket_sizes(max_num_sequences)
+def _most_padding(sizes: Sequence[int]) -> int:
     return max((after - before - 1 for before, after in pairwise(sizes)), default=0)
 
 
@@ -102,17 +126,26 @@ class StaticBatch:
 
     def __init__(
         self,
-        max_num_sequences: int,
+        sizes: Sequence[int],
         max_blocks: int,
         block_size: int,
         first_spare_block: int,
         device: torch.device,
     ) -> None:
-        """`max_blocks`: of one sequence. All rows are padding at first."""
+        """All rows are padding at first.
+
+        Args:
+            sizes: of the buckets, ascending.
+            max_blocks: of one sequence.
+            block_size: tokens of a block.
+            first_spare_block: behind all that are handed out.
+            device: the model's.
+        """
+        max_num_sequences = sizes[-1]
         self._max_blocks = max_blocks
         self._max_context_len = max_blocks * block_size
         self._device = device
-        self._spare_slots = first_spare_block * block_size + np.arange(_most_padding(max_num_sequences))
+        self._spare_slots = first_spare_block * block_size + np.arange(_most_padding(sizes))
         self._block_size = block_size
         self._numbers = torch.zeros((3, max_num_sequences), dtype=torch.int64, device=device)
         self._context_lens = torch.ones(max_num_sequences, dtype=torch.int32, device=device)
@@ -170,15 +203,16 @@ class GraphRunner:
         model: CausalLM,
         cache: KVCache,
         buffers: StaticBatch,
-        max_num_sequences: int,
+        sizes: Sequence[int],
         new_graph: Callable[[], Graph],
     ) -> None:
+        """`sizes`: of the buckets, ascending."""
         self._eager = eager
         self._model = model
         self._cache = cache
         self._block_size = cache.block_size
         self._buffers = buffers
-        self._sizes = bucket_sizes(max_num_sequences)
+        self._sizes = sizes
         self._new_graph = new_graph
         self._graphs: dict[int, Graph] = {}
         self._replayed: Outputs | None = None
@@ -188,9 +222,7 @@ class GraphRunner:
         """Capture every bucket, the largest first, whose memory then serves the smaller ones."""
         for number, size in enumerate(reversed(self._sizes), 1):
             progress(f"capturing decode graphs: {number} of {len(self._sizes)}, {size} sequences")
-            graph = self._new_graph()
-            graph.capture(self._compute(size))
-            self._graphs[size] = graph
+            self._graph_of(size)
 
     def run(self, batch: ScheduledBatch, feed: Feed | None = None) -> Tensor:
         """As `ModelRunner.run`; the result holds until the next call."""
@@ -204,7 +236,7 @@ class GraphRunner:
         size = self._sizes[bisect_left(self._sizes, num_rows)]
         self._cache.copy_blocks(layout.copies)
         self._buffers.fill(layout, size, feed)
-        hidden, logits = self._graphs[size].replay()
+        hidden, logits = self._graph_of(size).replay()
         self._replayed = hidden[:num_rows], logits[:num_rows]
         return self._replayed[0]
 
@@ -215,6 +247,14 @@ class GraphRunner:
             return self._eager.logits(hidden, rows)
         logits = self._replayed[1]
         return logits if len(rows) == len(logits) else logits[to_pinned(np.array(rows), logits.device)]
+
+    def _graph_of(self, size: int) -> Graph:
+        """One that was not captured at start is now, on what the buffers hold; its replay does it again."""
+        if size not in self._graphs:
+            graph = self._new_graph()
+            graph.capture(self._compute(size))
+            self._graphs[size] = graph
+        return self._graphs[size]
 
     def _compute(self, size: int) -> Callable[[], Outputs]:
         inputs = self._buffers.rows(size)
@@ -228,8 +268,8 @@ class GraphRunner:
         return compute
 
 
-def graphs_on(device: torch.device) -> Callable[[], Graph]:
-    """What makes a new graph for this kind of device."""
-    if device.type != "cuda":
-        return DirectGraph
-    return partial(CudaGraph, torch.cuda.graph_pool_handle())
+def graphs_on(device: torch.device, *, is_recorded: bool) -> Callable[[], Graph]:
+    """What makes a new graph for this kind of device; `is_recorded`: as our kernels' calls, on the CPU."""
+    if device.type == "cuda":
+        return partial(CudaGraph, torch.cuda.graph_pool_handle())
+    return partial(RecordedGraph, Arena()) if is_recorded else DirectGraph

@@ -8,6 +8,7 @@ from typing import Final
 import torch
 
 from cuda_ops.cuda.attention import has_kernels
+from cuda_ops.native import has_native_kernels
 from engine import batch_invariant, graphs
 from engine.batch_invariant import BatchInvariantRunner
 from engine.config import EngineConfig
@@ -92,32 +93,46 @@ class Placement:
         if self.config.is_batch_invariant:
             return BatchInvariantRunner(self.model, cache, self.device)
         runner = ModelRunner(self.model, cache, self.device)
-        if not self.config.is_on(self.config.decode_graphs):
+        if not self._graph_sizes:
             return runner
         with memory_for("capture", self.config.device):
             graphed = self._graph_runner(runner, cache, num_blocks)
-            graphed.capture(loading.on_stage if loading is not None else _ignore)
+            if not self._records_steps:
+                graphed.capture(loading.on_stage if loading is not None else _ignore)
         return graphed
 
     def _graph_runner(self, runner: ModelRunner, cache: KVCache, num_blocks: int) -> GraphRunner:
-        config = self.config
+        config, sizes = self.config, self._graph_sizes
         buffers = StaticBatch(
-            config.max_num_sequences,
+            sizes,
             max_blocks=-(-self.max_model_len // config.block_size),
             block_size=config.block_size,
             first_spare_block=num_blocks,
             device=self.device,
         )
-        return GraphRunner(
-            runner, self.model, cache, buffers, config.max_num_sequences, graphs_on(self.device)
-        )
+        new_graph = graphs_on(self.device, is_recorded=self._records_steps)
+        return GraphRunner(runner, self.model, cache, buffers, sizes, new_graph)
+
+    @property
+    def _records_steps(self) -> bool:
+        """Whether a decode step's native calls are replayed: on the CPU, by one process."""
+        config = self.config
+        is_possible = not config.is_on_gpu and config.tensor_parallel_size == 1 and has_native_kernels()
+        return is_possible and config.decode_graphs != "off" and not config.is_batch_invariant
+
+    @property
+    def _graph_sizes(self) -> list[int]:
+        """Sizes of batch that have graphs; none where steps run as they are."""
+        config = self.config
+        if self._records_steps:
+            return graphs.every_size(config.max_num_sequences)
+        is_on = config.is_on(config.decode_graphs) and not config.is_batch_invariant
+        return graphs.bucket_sizes(config.max_num_sequences) if is_on else []
 
     def _num_spare_blocks(self) -> int:
         if self.config.is_batch_invariant:
             return batch_invariant.num_spare_blocks(self.config.block_size)
-        if self.config.is_on(self.config.decode_graphs):
-            return graphs.num_spare_blocks(self.config.max_num_sequences, self.config.block_size)
-        return 0
+        return graphs.num_spare_blocks(self._graph_sizes, self.config.block_size)
 
     def _bytes_left(self) -> int:
         config = self.config

@@ -30,7 +30,10 @@ SOURCES: Final = (
     "prefill.h",
     "rows.h",
     "linear.h",
+    "lookup.h",
     "threads.h",
+    "sharing.h",
+    "recording.h",
     "level.cpp",
     "library.cpp",
 )

@@ -140,6 +140,25 @@ struct LinearArguments {  // an item is a panel of outputs for a block of rows; 
   int64_t block_rows;
 };
 
+struct PanelRowsArguments {  // an item is a row
+  const void* panels;     // [num_panels, num_groups, 32 words]
+  const float* scales;    // [num_outputs], of an int8 weight; null is 1
+  const int64_t* indices; // [num_rows], of the weight's rows
+  void* out;              // [num_rows, num_inputs], contiguous
+  int64_t num_groups;
+  int64_t num_inputs;
+};
+
+struct AddRowsArguments {  // an item is a row
+  void* x;                 // [num_rows, size]
+  int64_t x_stride;
+  const void* table;       // [any, size]
+  int64_t table_stride;
+  const int64_t* indices;  // [num_rows]; null is each row's own
+  int64_t offset;
+  int64_t size;
+};
+
 template <class Arguments>
 using Kernel = void (*)(const Arguments&, int64_t begin, int64_t end);
 
@@ -163,6 +182,9 @@ struct Kernels {
   ByType<QuantiseArguments> quantise;
   ByType<LinearArguments> linear;       // with a weight of the same type
   ByType<LinearArguments> linear_int8;  // with a weight of int8 and rows that are quantised
+  ByType<PanelRowsArguments> panel_rows;
+  ByType<PanelRowsArguments> panel_rows_int8;
+  ByType<AddRowsArguments> add_rows;
 };
 
 // One translation unit each, compiled for its instructions.

@@ -15,6 +15,7 @@ namespace {
 #include "prefill.h"
 #include "rows.h"
 #include "linear.h"
+#include "lookup.h"
 
 }  // namespace
 
@@ -34,6 +35,9 @@ extern const Kernels kernels = {
     {quantise<float>, quantise<BFloat16>},
     {linear<float, float>, linear<BFloat16, BFloat16>},
     {linear<float, Int8>, linear<BFloat16, Int8>},
+    {panel_rows<float, float>, panel_rows<BFloat16, BFloat16>},
+    {panel_rows<float, Int8>, panel_rows<BFloat16, Int8>},
+    {add_rows<float>, add_rows<BFloat16>},
 };
 
 }  // namespace THROUGHLINE_LEVEL

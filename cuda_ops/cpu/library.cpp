@@ -15,7 +15,8 @@
 #include <vector>
 
 #include "kernels.h"
-#include "threads.h"
+#include "recording.h"
+#include "sharing.h"
 
 namespace throughline {
 namespace {
@@ -53,28 +54,31 @@ const Level kLevels[] = {  // best first
 
 const Level* level_in_use = nullptr;
 
-// Sharing out costs a microsecond or two: less work than this is not worth it. In elements touched.
-constexpr int64_t kWorthSharing = 16 * 1024;
-
-// Threads draw items a few at a time, so that one long sequence, or a core that others use, holds up no one.
 template <class Arguments>
 void run(const ByType<Arguments>& kernels, ScalarType type, const Arguments& arguments, int64_t num_items,
          int64_t elements) {
-  const auto kernel = type == ScalarType::Float ? kernels.float32 : kernels.bfloat16;
-  const int64_t num_threads = torch::stable::get_num_threads();
   if (num_items == 0) return;
-  if (num_threads == 1 || num_items == 1 || elements < kWorthSharing) {
-    kernel(arguments, 0, num_items);
-    return;
-  }
-  const int64_t share = std::max<int64_t>(1, num_items / (num_threads * 8));
-  std::atomic<int64_t> next{0};
-  auto work = [&] {
-    for (int64_t begin; (begin = next.fetch_add(share, std::memory_order_relaxed)) < num_items;)
-      kernel(arguments, begin, std::min(begin + share, num_items));
-  };
-  threads().run(
-      num_threads, [](void* context) { (*static_cast<decltype(work)*>(context))(); }, &work);
+  const auto kernel = type == ScalarType::Float ? kernels.float32 : kernels.bfloat16;
+  const Call<Arguments> call{kernel, arguments, num_items, elements};
+  call(torch::stable::get_num_threads());
+  if (recording != nullptr) recording->add(call);
+}
+
+int64_t size_of(ScalarType type) {
+  return type == ScalarType::Long ? 8 : type == ScalarType::Float ? 4 : type == ScalarType::BFloat16 ? 2 : 1;
+}
+
+// Memory for what an op makes.
+Tensor new_output(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
+  if (recording != nullptr) return recording->make(like, sizes, type, size_of(type));
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+std::vector<int64_t> shape_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
+
+Tensor copy_contiguous(const Tensor& x) {
+  if (recording != nullptr) recording->refuse();
+  return torch::stable::contiguous(x);
 }
 
 ScalarType type_of(const char* op, const Tensor& tensor) {
@@ -131,6 +135,8 @@ float cap_of(const char* op, const std::optional<double>& soft_cap) {
 
 // Kernels follow tables blindly, so each context's entries are looked at here; 64 sequences cost a microsecond.
 BlockTables check_tables(const char* op, const Tensor& tables, const Tensor& lengths, const Tensor& key_cache) {
+  if (recording != nullptr)
+    recording->add_check({tables.data_ptr(), lengths.data_ptr()}, [=] { check_tables(op, tables, lengths, key_cache); });
   check_type(op, "block_tables", tables, ScalarType::Int);
   check_type(op, "context_lens", lengths, ScalarType::Int);
   check_contiguous(op, "context_lens", lengths);
@@ -197,11 +203,21 @@ void paged_attention_prefill(Tensor out, Tensor query, Tensor key_cache, Tensor 
   const PagedCache cache = cache_of(op, key_cache, value_cache, type);
   check_heads(op, out, query, cache);
   const BlockTables tables = check_tables(op, block_tables, context_lens, key_cache);
+  if (recording != nullptr) recording->refuse();
   const auto tiles = tiles_of(query_start, context_lens, query.size(0), query.size(1) / cache.num_kv_heads);
   const PrefillArguments arguments{strided(out), strided(query), cache, tables, tiles.data(), query.size(1),
                                    window_of(op, sliding_window), static_cast<float>(scale), cap_of(op, soft_cap)};
   const int64_t items = static_cast<int64_t>(tiles.size()) * cache.num_kv_heads;
   run(level_in_use->kernels->prefill, type, arguments, items, items * 32 * 32 * cache.head_dim);
+}
+
+const int64_t* check_slots(const char* op, const Tensor& slot_mapping, int64_t num_slots) {
+  if (recording != nullptr)
+    recording->add_check({slot_mapping.data_ptr(), nullptr}, [=] { check_slots(op, slot_mapping, num_slots); });
+  const auto* slots = static_cast<const int64_t*>(slot_mapping.data_ptr());
+  for (int64_t token = 0; token < slot_mapping.size(0); ++token)
+    STD_TORCH_CHECK(slots[token] >= 0 && slots[token] < num_slots, op, ": slot_mapping names a slot that is not there");
+  return slots;
 }
 
 void write_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slot_mapping) {
@@ -215,16 +231,14 @@ void write_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Te
   check_type(op, "slot_mapping", slot_mapping, ScalarType::Long);
   check_shape(op, "slot_mapping", slot_mapping, {num_tokens});
   check_contiguous(op, "slot_mapping", slot_mapping);
-  const auto* slots = static_cast<const int64_t*>(slot_mapping.data_ptr());
-  for (int64_t token = 0; token < num_tokens; ++token)
-    STD_TORCH_CHECK(slots[token] >= 0 && slots[token] < num_slots, op, ": slot_mapping names a slot that is not there");
+  const int64_t* slots = check_slots(op, slot_mapping, num_slots);
   const WriteArguments arguments{strided(key), strided(value), key_cache.data_ptr(), value_cache.data_ptr(), slots,
                                  cache.num_kv_heads, cache.block_size, cache.head_dim};
   run(level_in_use->kernels->write_kv, type, arguments, num_tokens, 2 * key.numel());
 }
 
 // Rows in at most two outer axes; tensors of other shapes are copied first.
-Tensor as_rows(const Tensor& x) { return x.dim() <= 3 ? x : torch::stable::contiguous(x); }
+Tensor as_rows(const Tensor& x) { return x.dim() <= 3 ? x : copy_contiguous(x); }
 
 Strided rows_of(const Tensor& x, int64_t* inner) {
   const int64_t dim = x.dim(), size = x.size(dim - 1);
@@ -246,7 +260,7 @@ Tensor normalise(const char* op, const ByType<NormArguments>& kernels, const Ten
   const ScalarType type = type_of(op, given);
   STD_TORCH_CHECK(given.dim() >= 1, op, ": x needs an axis");
   const Tensor x = as_rows(given);
-  const Tensor out = torch::stable::new_empty(given, given.sizes());
+  const Tensor out = new_output(given, shape_of(given), type);
   NormArguments arguments{};
   arguments.x = rows_of(x, &arguments.inner);
   if (residual != nullptr) {
@@ -302,11 +316,11 @@ Tensor gate_and_mul(const char* op, ByType<GateArguments> Kernels::*kernel, Tens
   const ScalarType type = type_of(op, given);
   STD_TORCH_CHECK(given.dim() >= 1 && given.size(given.dim() - 1) % 2 == 0, op, ": the last axis must be even");
   const bool is_plain = given.dim() == 2 && given.stride(1) == 1;
-  const Tensor x = is_plain ? given : torch::stable::contiguous(given);
+  const Tensor x = is_plain ? given : copy_contiguous(given);
   const int64_t width = x.size(x.dim() - 1);
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  std::vector<int64_t> shape = shape_of(x);
   shape.back() = width / 2;
-  const Tensor out = torch::stable::new_empty(x, shape);
+  const Tensor out = new_output(x, shape, type);
   const GateArguments arguments{x.data_ptr(), is_plain ? x.stride(0) : width, out.data_ptr(), width / 2};
   run(level_in_use->kernels->*kernel, type, arguments, width == 0 ? 0 : x.numel() / width, x.numel());
   return out;
@@ -324,7 +338,7 @@ Tensor softmax_at(Tensor logits, Tensor temperatures) {
   check_type(op, "temperatures", temperatures, ScalarType::Float);
   check_shape(op, "temperatures", temperatures, {logits.size(0)});
   check_contiguous(op, "temperatures", temperatures);
-  const Tensor out = torch::stable::new_empty(logits, logits.sizes(), ScalarType::Float);
+  const Tensor out = new_output(logits, shape_of(logits), ScalarType::Float);
   const SoftmaxArguments arguments{logits.data_ptr(), logits.stride(0),
                                    static_cast<const float*>(temperatures.data_ptr()),
                                    static_cast<float*>(out.data_ptr()), logits.size(1)};
@@ -336,8 +350,8 @@ Tensor argmax(Tensor given) {
   const char* op = "argmax";
   const ScalarType type = type_of(op, given);
   STD_TORCH_CHECK(given.dim() == 2 && given.size(1) >= 1, op, ": logits needs two axes and a column");
-  const Tensor logits = given.stride(1) == 1 || given.size(1) == 1 ? given : torch::stable::contiguous(given);
-  const Tensor out = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Long);
+  const Tensor logits = given.stride(1) == 1 || given.size(1) == 1 ? given : copy_contiguous(given);
+  const Tensor out = new_output(logits, {logits.size(0)}, ScalarType::Long);
   const ArgmaxArguments arguments{logits.data_ptr(), logits.stride(0), static_cast<int64_t*>(out.data_ptr()),
                                   logits.size(1)};
   run(level_in_use->kernels->argmax, type, arguments, logits.size(0), logits.numel());
@@ -351,11 +365,10 @@ struct WordRows {
   int64_t stride_bytes;
 };
 
-int64_t size_of(ScalarType type) { return type == ScalarType::Float ? 4 : type == ScalarType::BFloat16 ? 2 : 1; }
-
 WordRows as_words(const Tensor& x, int64_t num_groups) {
   const int64_t size = size_of(x.scalar_type()), row_bytes = x.size(1) * size;
   if (row_bytes == 4 * num_groups) return {x, x.data_ptr(), x.stride(0) * size};
+  if (recording != nullptr) recording->refuse();
   const Tensor padded = torch::stable::new_empty(x, {x.size(0), 4 * num_groups / size});
   for (int64_t row = 0; row < x.size(0); ++row) {
     char* to = static_cast<char*>(padded.data_ptr()) + row * 4 * num_groups;
@@ -378,7 +391,7 @@ void check_panels(const char* op, const Tensor& panels, int64_t num_inputs, int6
 // Quantised rows, which `arguments` then points to.
 WordRows quantise_rows(const Tensor& x, LinearArguments& arguments, Tensor& scales) {
   const int64_t stride = 4 * arguments.num_groups;
-  const Tensor values = torch::stable::new_empty(x, {x.size(0), stride}, ScalarType::Byte);
+  const Tensor values = new_output(x, {x.size(0), stride}, ScalarType::Byte);
   const QuantiseArguments quantise{x.data_ptr(), x.stride(0), static_cast<uint8_t*>(values.data_ptr()),
                                    static_cast<float*>(scales.data_ptr()), x.size(1), stride};
   run(level_in_use->kernels->quantise, x.scalar_type(), quantise, x.size(0), x.numel());
@@ -394,9 +407,9 @@ Tensor linear(Tensor given, Tensor panels, std::optional<Tensor> scales, std::op
   const bool is_int8 = scales.has_value();
   check_type(op, "panels", panels, is_int8 ? ScalarType::Char : type);
   check_panels(op, panels, given.size(1), num_outputs);
-  const Tensor x = given.stride(1) == 1 || given.size(1) <= 1 ? given : torch::stable::contiguous(given);
+  const Tensor x = given.stride(1) == 1 || given.size(1) <= 1 ? given : copy_contiguous(given);
   const ScalarType out_type = gives_float32 ? ScalarType::Float : type;
-  const Tensor out = torch::stable::new_empty(x, {x.size(0), num_outputs}, out_type);
+  const Tensor out = new_output(x, {x.size(0), num_outputs}, out_type);
   LinearArguments arguments{};
   arguments.weight = panels.data_ptr();
   arguments.out = out.data_ptr();
@@ -424,7 +437,7 @@ Tensor linear(Tensor given, Tensor panels, std::optional<Tensor> scales, std::op
     check_contiguous(op, "sums", *sums);
     arguments.scales = static_cast<const float*>(scales->data_ptr());
     arguments.sums = static_cast<const int32_t*>(sums->data_ptr());
-    row_scales = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Float);
+    row_scales = new_output(x, {x.size(0)}, ScalarType::Float);
   }
   const WordRows rows = is_int8 ? quantise_rows(x, arguments, row_scales) : as_words(x, arguments.num_groups);
   arguments.x = rows.data;
@@ -433,6 +446,65 @@ Tensor linear(Tensor given, Tensor panels, std::optional<Tensor> scales, std::op
   const auto& kernels = is_int8 ? level_in_use->kernels->linear_int8 : level_in_use->kernels->linear;
   run(kernels, type, arguments, blocks * arguments.num_panels, panels.numel() * arguments.num_rows);
   return out;
+}
+
+const int64_t* check_indices(const char* op, const Tensor& indices, int64_t offset, int64_t num_rows) {
+  if (recording != nullptr)
+    recording->add_check({indices.data_ptr(), op}, [=] { check_indices(op, indices, offset, num_rows); });
+  check_type(op, "indices", indices, ScalarType::Long);
+  STD_TORCH_CHECK(indices.dim() == 1, op, ": indices must have one axis");
+  check_contiguous(op, "indices", indices);
+  const auto* values = static_cast<const int64_t*>(indices.data_ptr());
+  for (int64_t i = 0; i < indices.size(0); ++i)
+    STD_TORCH_CHECK(values[i] + offset >= 0 && values[i] + offset < num_rows, op, ": indices name a row that is not there");
+  return values;
+}
+
+Tensor panel_rows(Tensor panels, std::optional<Tensor> scales, Tensor indices, int64_t num_outputs, int64_t num_inputs,
+                  bool gives_float32) {
+  const char* op = "panel_rows";
+  check_panels(op, panels, num_inputs, num_outputs);
+  const bool is_int8 = scales.has_value();
+  const ScalarType type = gives_float32 ? ScalarType::Float : ScalarType::BFloat16;
+  check_type(op, "panels", panels, is_int8 ? ScalarType::Char : type);
+  if (is_int8) {
+    check_type(op, "scales", *scales, ScalarType::Float);
+    check_shape(op, "scales", *scales, {num_outputs});
+    check_contiguous(op, "scales", *scales);
+  }
+  const int64_t* rows = check_indices(op, indices, 0, num_outputs);
+  const Tensor out = new_output(panels, {indices.size(0), num_inputs}, type);
+  const PanelRowsArguments arguments{panels.data_ptr(),
+                                     is_int8 ? static_cast<const float*>(scales->data_ptr()) : nullptr,
+                                     rows, out.data_ptr(), panels.size(1), num_inputs};
+  const auto& kernels = is_int8 ? level_in_use->kernels->panel_rows_int8 : level_in_use->kernels->panel_rows;
+  run(kernels, type, arguments, indices.size(0), out.numel() * 4);
+  return out;
+}
+
+void add_to_rows(const char* op, const Tensor& x, const Tensor& table, const int64_t* indices, int64_t offset) {
+  const ScalarType type = type_of(op, x);
+  STD_TORCH_CHECK(x.dim() == 2 && table.dim() == 2 && x.size(1) == table.size(1), op, ": rows must be of one size");
+  check_type(op, "table", table, type);
+  for (const Tensor* rows : {&x, &table})
+    STD_TORCH_CHECK(rows->stride(1) == 1 || rows->size(1) <= 1, op, ": rows must be contiguous");
+  const AddRowsArguments arguments{x.data_ptr(), x.stride(0), table.data_ptr(), table.stride(0),
+                                   indices, offset, x.size(1)};
+  run(level_in_use->kernels->add_rows, type, arguments, x.size(0), 2 * x.numel());
+}
+
+void add_rows(Tensor x, Tensor table, Tensor indices, int64_t offset) {
+  const char* op = "add_rows";
+  STD_TORCH_CHECK(x.dim() == 2 && table.dim() == 2, op, ": x and table must have two axes");
+  const int64_t* rows = check_indices(op, indices, offset, table.size(0));
+  check_shape(op, "indices", indices, {x.size(0)});
+  add_to_rows(op, x, table, rows, offset);
+}
+
+void add(Tensor x, Tensor delta) {
+  STD_TORCH_CHECK(x.dim() == 2, "add: x must have two axes");
+  check_shape("add", "delta", delta, {x.size(0), x.size(1)});
+  add_to_rows("add", x, delta, nullptr, 0);
 }
 
 std::unique_ptr<torch::stable::detail::StableLibrary> registration;
@@ -453,6 +525,9 @@ void register_ops() {
   registration->impl("softmax_at", TORCH_BOX(&softmax_at));
   registration->impl("argmax", TORCH_BOX(&argmax));
   registration->impl("linear", TORCH_BOX(&linear));
+  registration->impl("panel_rows", TORCH_BOX(&panel_rows));
+  registration->impl("add_rows", TORCH_BOX(&add_rows));
+  registration->impl("add", TORCH_BOX(&add));
 }
 
 }  // namespace
@@ -490,3 +565,52 @@ EXPORT int throughline_cpu_use(const char* name) {
 
 // Gives the ops back to their reference. Not while an op runs.
 EXPORT void throughline_cpu_release() { throughline::registration.reset(); }
+
+// Arenas and recordings, as handles; none is for two threads at once. See recording.h.
+using ArenaHandle = std::shared_ptr<throughline::Arena>;
+
+EXPORT void* throughline_cpu_arena_new() { return new ArenaHandle(std::make_shared<throughline::Arena>()); }
+EXPORT void throughline_cpu_arena_free(void* arena) { delete static_cast<ArenaHandle*>(arena); }
+
+// Null where there is no memory.
+EXPORT void* throughline_cpu_arena_take(void* arena, int64_t num_bytes) {
+  try {
+    return (*static_cast<ArenaHandle*>(arena))->take(num_bytes);
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+}
+EXPORT void throughline_cpu_arena_give(void* arena, void* piece) { (*static_cast<ArenaHandle*>(arena))->give(piece); }
+
+EXPORT void* throughline_cpu_recording_new(void* arena) {
+  return new throughline::Recording(*static_cast<ArenaHandle*>(arena));
+}
+EXPORT void throughline_cpu_recording_free(void* recording) { delete static_cast<throughline::Recording*>(recording); }
+
+// From here on this thread's calls are taken down; null ends that.
+EXPORT void throughline_cpu_record(void* recording) {
+  throughline::recording = static_cast<throughline::Recording*>(recording);
+}
+EXPORT int64_t throughline_cpu_recording_size(void* recording) {
+  return static_cast<throughline::Recording*>(recording)->size();
+}
+
+// Whether all that was done since `size` is in the recording; where not, those calls are dropped from it.
+EXPORT bool throughline_cpu_recording_keeps(void* recording, int64_t size) {
+  auto* calls = static_cast<throughline::Recording*>(recording);
+  if (!calls->take_refusal() && calls->size() > size) return true;
+  calls->truncate(size);
+  return false;
+}
+
+// Makes the calls of [begin, end) again. Null, or what was wrong with what they read; lives until the next failure.
+EXPORT const char* throughline_cpu_replay(void* recording, int64_t begin, int64_t end, int64_t num_threads) {
+  static thread_local std::string problem;
+  try {
+    static_cast<const throughline::Recording*>(recording)->replay(begin, end, num_threads);
+    return nullptr;
+  } catch (const std::exception& error) {
+    problem = error.what();
+    return problem.c_str();
+  }
+}

@@ -14,10 +14,6 @@ constexpr int kVectors = kPanel / kLanes;
 constexpr int kMaxRows = kLanes == 16 ? 14 : kLanes == 8 ? 2 : 1;  // sums and operands fill the registers
 constexpr int64_t kPrefetchBytes = 4096;                           // ahead; the hardware stops at a page's end
 
-struct Int8 {
-  int8_t value;
-};
-
 INLINE Words splat_word(const char* from) {
   uint32_t word;
   __builtin_memcpy(&word, from, sizeof word);

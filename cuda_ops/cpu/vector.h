@@ -22,6 +22,10 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+struct Int8 {
+  int8_t value;
+};
+
 #define INLINE inline __attribute__((always_inline))
 
 INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -39,6 +43,7 @@ INLINE To bits_as(From value) {
 }
 
 INLINE float widen(float value) { return value; }
+INLINE float widen(Int8 value) { return value.value; }
 INLINE float widen(BFloat16 value) { return bits_as<float>(static_cast<uint32_t>(value.bits) << 16); }
 
 INLINE Floats load(const float* from) {

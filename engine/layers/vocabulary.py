@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cuda_ops.dense import PackedWeight, rows_of
+import cuda_ops
+from cuda_ops.dense import PackedWeight
 from engine.checkpoint import Checkpoint
 from engine.layers.linear import Linear
 from engine.shard import WHOLE, Shard
@@ -43,7 +44,7 @@ class Vocabulary:
     def embed(self, token_ids: Tensor) -> Tensor:
         """Map `[num_tokens]` to `[num_tokens, size]`."""
         if isinstance(self.embeddings, PackedWeight):
-            return rows_of(self.embeddings, token_ids, self.dtype)
+            return cuda_ops.panel_rows(self.embeddings, token_ids, self.dtype)
         return F.embedding(token_ids, self.embeddings)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -245,7 +245,9 @@ class Gemma3:
         cos_sin = {kind: angles(positions) for kind, angles in self._angles.items()}
         for layer, layer_cache in zip(self._layers, kv_cache, strict=True):
             delta = layer(delta, residual, cos_sin[layer.kind], layer_cache, metadata)
-        return residual if delta is None else residual.add_(delta)
+        if delta is not None:
+            cuda_ops.add(residual, delta)
+        return residual
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         logits = self._vocabulary.logits(self._final_norm(hidden))

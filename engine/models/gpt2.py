@@ -10,6 +10,7 @@ from typing import Final
 import torch.nn.functional as F
 from torch import Tensor
 
+import cuda_ops
 from engine.attention import AttentionMetadata, PagedAttention
 from engine.checkpoint import Checkpoint
 from engine.layers.linear import Linear
@@ -141,10 +142,13 @@ class GPT2:
         metadata: AttentionMetadata,
     ) -> Tensor:
         delta: Tensor | None = None
-        residual = self._vocabulary.embed(input_ids) + F.embedding(positions, self._positions)
+        residual = self._vocabulary.embed(input_ids)
+        cuda_ops.add_rows(residual, self._positions, positions)
         for layer, layer_cache in zip(self._layers, kv_cache, strict=True):
             delta = layer(delta, residual, layer_cache, metadata)
-        return residual if delta is None else residual.add_(delta)
+        if delta is not None:
+            cuda_ops.add(residual, delta)
+        return residual
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         return self._vocabulary.logits(self._final_norm(hidden))

@@ -242,7 +242,9 @@ class Llama:
         cos_sin = self._angles(positions)
         for layer, layer_cache in zip(self._layers, kv_cache, strict=True):
             delta = layer(delta, residual, cos_sin, layer_cache, metadata)
-        return residual if delta is None else residual.add_(delta)
+        if delta is not None:
+            cuda_ops.add(residual, delta)
+        return residual
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         return self._vocabulary.logits(self._final_norm(hidden))

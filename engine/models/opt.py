@@ -13,6 +13,7 @@ from typing import Final
 import torch.nn.functional as F
 from torch import Tensor
 
+import cuda_ops
 from engine.attention import AttentionMetadata, PagedAttention
 from engine.checkpoint import Checkpoint
 from engine.layers.linear import Linear
@@ -193,14 +194,16 @@ class OPT:
         kv_cache: Sequence[tuple[Tensor, Tensor]],
         metadata: AttentionMetadata,
     ) -> Tensor:
-        embedded = self._vocabulary.embed(input_ids)
+        residual = self._vocabulary.embed(input_ids)
         if self._project_in is not None:
-            embedded = self._project_in(embedded)
+            residual = self._project_in(residual)
+        cuda_ops.add_rows(residual, self._positions, positions, _POSITION_OFFSET)
         delta: Tensor | None = None
-        residual = embedded + F.embedding(positions + _POSITION_OFFSET, self._positions)
         for layer, layer_cache in zip(self._layers, kv_cache, strict=True):
             delta, residual = layer(delta, residual, layer_cache, metadata)
-        return residual if delta is None else residual.add_(delta)
+        if delta is not None:
+            cuda_ops.add(residual, delta)
+        return residual
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         if self._final_norm is not None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import cuda_ops
-from cuda_ops.dense import pack_weight, quantise_weight, rows_of
+from cuda_ops.dense import pack_weight, quantise_weight
 from cuda_ops.errors import OpInputError
 from tests.support.dense_oracle import ROUNDOFF
 
@@ -135,16 +135,6 @@ def test_linear_with_an_int8_weight_gives_nan_for_a_row_that_is_not_finite_and_f
 
     assert product[1].isnan().all()
     assert product[::2].isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_rows_of_a_packed_weight_are_its_rows(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    _, weight, _ = make_layer(*shape, 0, dtype)
-    indices = torch.tensor([shape[1] - 1, 0, shape[1] // 2])
-
-    assert torch.equal(rows_of(pack_weight(weight), indices, dtype), weight[indices])
-    assert rows_of(pack_weight(weight), indices[:0], dtype).shape == (0, shape[0])
 
 
 def test_quantising_leaves_the_weight_as_it_was() -> None:

@@ -30,6 +30,10 @@ def make_arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     return {
         "linear": (rows, dense.panels, None, None, bias.new_zeros(35), 35, True, False),
         "linear, int8": (rows, int8.panels, int8.scales, int8.sums, None, 35, False, True),
+        "panel_rows": (dense.panels, None, torch.tensor([34, 0]), 35, size, dtype is torch.float32),
+        "panel_rows, int8": (int8.panels, int8.scales, torch.tensor([34, 0]), 35, size, False),
+        "add_rows": (rows, residual, torch.tensor([3, 0, 3, 1, 2]), 1),
+        "add": (rows, residual),
         "rms_norm": (rows, weight, 1e-5),
         "add_rms_norm": (rows, residual, weight, 1e-5),
         "layer_norm": (rows, weight, bias, 1e-5),

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import engine.builtin
+from cuda_ops.native import use_kernels
 from engine.batch import BatchLayout, ModelInput
 from engine.config import EngineConfig
 from engine.core import Engine
-from engine.graphs import DirectGraph, StaticBatch, bucket_sizes, num_spare_blocks
+from engine.graphs import DirectGraph, RecordedGraph, StaticBatch, bucket_sizes, every_size, num_spare_blocks
+from tests.support.kernels import built_levels
 from tests.support.model_folders import make_model_folder
 from tests.unit.engine.engine_factory import GREEDY, generate, make_engine, random_prompt
 from tests.unit.engine.test_engine_soak import BEGINNINGS, draw_params
@@ -28,6 +31,7 @@ def test_buckets_grow_from_one_to_the_most_sequences_there_can_be() -> None:
     assert bucket_sizes(5) == [1, 2, 4, 5]
     assert bucket_sizes(40) == [1, 2, 4, 8, 16, 24, 32, 40]
     assert bucket_sizes(300)[-4:] == [240, 256, 288, 300]
+    assert num_spare_blocks(every_size(300), 16) == 0
 
 
 @given(max_num_sequences=st.integers(1, 600), block_size=st.integers(1, 32))
@@ -36,7 +40,7 @@ def test_spare_blocks_have_a_slot_for_each_row_of_padding(max_num_sequences: int
 
     assert sizes == sorted(set(sizes))
     most = max((b - a - 1 for a, b in pairwise(sizes)), default=0)
-    assert most <= num_spare_blocks(max_num_sequences, block_size) * block_size < most + block_size
+    assert most <= num_spare_blocks(sizes, block_size) * block_size < most + block_size
 
 
 def _decode_layout(lengths: list[int], block_size: int, max_blocks: int, seed: int) -> BatchLayout:
@@ -67,7 +71,7 @@ def test_buffers_hold_the_step_and_padding_that_touches_no_live_block(
     steps: list[list[int]], seed: int
 ) -> None:
     block_size, max_blocks, first_spare = 4, 5, 13 * 5
-    buffers = StaticBatch(13, max_blocks, block_size, first_spare, torch.device("cpu"))
+    buffers = StaticBatch(bucket_sizes(13), max_blocks, block_size, first_spare, torch.device("cpu"))
     for lengths in steps:
         layout = _decode_layout(lengths, block_size, max_blocks, seed)
         size = next(size for size in bucket_sizes(13) if size >= len(lengths))
@@ -101,33 +105,54 @@ def test_graph_reads_its_buffers_anew_and_overwrites_its_result() -> None:
     assert all(one is other for one, other in zip(first, second, strict=True))
 
 
-def _spy_on_replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def _spy_on_replays(monkeypatch: pytest.MonkeyPatch, kind: type[DirectGraph | RecordedGraph]) -> list[int]:
     replays: list[int] = []
-    replay = DirectGraph.replay
+    replay = kind.replay
 
-    def counted(self: DirectGraph) -> tuple[torch.Tensor, torch.Tensor]:
+    def counted(self: Any) -> tuple[torch.Tensor, torch.Tensor]:
         outputs = replay(self)
         replays.append(len(outputs[0]))
         return outputs
 
-    monkeypatch.setattr(DirectGraph, "replay", counted)
+    monkeypatch.setattr(kind, "replay", counted)
     return replays
 
 
 @pytest.mark.parametrize("kind", ["opt", "gpt2", "qwen3", "mistral", "gemma3"])
-def test_replayed_engine_gives_the_same_greedy_tokens(
+def test_engine_on_static_buffers_gives_the_same_greedy_tokens(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_model_folder(kind, tmp_path / kind)  # type: ignore[arg-type]  # one of the kinds
     requests = {str(n): (random_prompt(3 + 5 * n, n), GREEDY) for n in range(11)}
-    replays = _spy_on_replays(monkeypatch)
+    replays = _spy_on_replays(monkeypatch, DirectGraph)
 
-    plain = generate(make_engine(folder), requests)
+    plain = generate(make_engine(folder, kernels="reference"), requests)
     assert not replays
-    replayed = generate(make_engine(folder, decode_graphs="on"), requests)
+    replayed = generate(make_engine(folder, kernels="reference", decode_graphs="on"), requests)
 
     assert [replayed.tokens(id) for id in requests] == [plain.tokens(id) for id in requests]
     assert len(set(replays)) > 1, "only one bucket was ever replayed"
+
+
+@pytest.mark.parametrize("kind", ["opt", "gpt2", "qwen3", "mistral", "gemma3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_engine_that_replays_recorded_calls_gives_the_same_greedy_tokens(
+    kind: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built_levels()
+    folder = make_model_folder(kind, tmp_path / kind)  # type: ignore[arg-type]  # one of the kinds
+    requests = {str(n): (random_prompt(3 + 5 * n, n), GREEDY) for n in range(7)}
+    replays = _spy_on_replays(monkeypatch, RecordedGraph)
+    try:
+        plain = generate(make_engine(folder, kernels="native", dtype=dtype, decode_graphs="off"), requests)
+        assert not replays
+        replayed = generate(make_engine(folder, kernels="native", dtype=dtype), requests)
+    finally:
+        use_kernels("reference")
+
+    assert [replayed.tokens(id) for id in requests] == [plain.tokens(id) for id in requests]
+    assert len(replays) > 10
+    assert 7 in replays, "not every size has a graph of its own"
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +160,9 @@ def pair() -> tuple[Engine, Engine]:
     """One plain, one replayed, both on a cache too small for what comes."""
     config = {"block_size": 8, "num_blocks": 48, "max_num_sequences": 13, "keeps_prefixes": False}
     folder = engine.builtin.path()
-    return make_engine(folder, **config), make_engine(folder, decode_graphs="on", **config)
+    return make_engine(folder, decode_graphs="off", **config), make_engine(
+        folder, decode_graphs="on", **config
+    )
 
 
 @given(seed=st.integers(0, 10_000), num_requests=st.integers(1, 14))
@@ -168,7 +195,9 @@ class Stages:
 
 
 def test_start_tells_of_each_graph_it_captures(opt_folder: Path) -> None:
-    config = EngineConfig(model=str(opt_folder), decode_graphs="on", max_num_sequences=5, num_blocks=20)
+    config = EngineConfig(
+        model=str(opt_folder), kernels="reference", decode_graphs="on", max_num_sequences=5, num_blocks=20
+    )
     stages = Stages()
 
     Engine.from_config(config, loading=stages)
