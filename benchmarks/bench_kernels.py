@@ -207,6 +207,37 @@ def row_cases(num_tokens: int) -> Iterator[Case]:
     )  # fmt: skip
 
 
+def rotary_case(num_tokens: int) -> Case:
+    """Queries in place, keys and values into the cache, against the same by one op after the other."""
+    heads = HEADS + 2 * KV_HEADS
+    work = 4.0 * num_tokens * heads * HEAD_DIM
+    num_copies = rotated(work)
+    shape = (num_tokens // BLOCK_SIZE, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+    projected = Turns(
+        torch.randn(num_copies, num_tokens, heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16).unbind()
+    )
+    keys, values = (torch.zeros(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    slots = torch.randperm(num_tokens, device="cuda")
+    angles = torch.randn(num_tokens, HEAD_DIM // 2, device="cuda")
+    cos_sin, weight = torch.cat((angles.cos(), angles.sin()), -1), torch.ones_like(keys[0, 0, 0])
+
+    def fused() -> None:
+        query, key, value = projected.next().split((HEADS, KV_HEADS, KV_HEADS), dim=1)
+        cuda_ops.rotary_write_kv(
+            query, key, value, cos_sin, keys, values, slots,
+            query_weight=weight, key_weight=weight, eps=1e-6,
+        )  # fmt: skip
+
+    def one_by_one() -> None:
+        query, key, value = projected.next().split((HEADS, KV_HEADS, KV_HEADS), dim=1)
+        query, key = cuda_ops.rms_norm(query, weight, 1e-6), cuda_ops.rms_norm(key, weight, 1e-6)
+        cuda_ops.rotary_embedding(query, key, cos_sin)
+        cuda_ops.write_kv(key, value, keys, values, slots)
+
+    ways: dict[str, Callable[[], object]] = {"ours": fused, "norms, rotation, write": one_by_one}
+    return Case(f"rotary_write_kv, {num_tokens}", "GB/s", work, ways, num_copies)
+
+
 def sampling_cases(num_rows: int) -> Iterator[Case]:
     """Against one reading of the logits, whatever a way takes."""
     size = 4.0 * num_rows * VOCAB_SIZE
@@ -273,6 +304,7 @@ def main() -> None:
     )
     parser.add_argument("--short", action="store_true", help="fewer shapes of decode")
     options = parser.parse_args()
+        yield rotary_case(num_tokens)
     if not torch.cuda.is_available():
         parser.exit(1, f"torch {torch.__version__} sees no CUDA device: nothing to measure\n")
     in_use = use_cuda_kernels("native")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cuda_ops.activation import gelu_and_mul, silu_and_mul
 from cuda_ops.attention import paged_attention_decode, paged_attention_prefill
 from cuda_ops.dense import linear
-from cuda_ops.kv_cache import write_kv
+from cuda_ops.kv_cache import rotary_write_kv, write_kv
 from cuda_ops.lookup import add, add_rows, panel_rows
 from cuda_ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from cuda_ops.rotary import rotary_embedding
@@ -25,6 +25,7 @@ __all__ = [
     "panel_rows",
     "rms_norm",
     "rotary_embedding",
+    "rotary_write_kv",
     "sample_tokens",
     "silu_and_mul",
     "softmax_at",

@@ -114,11 +114,40 @@ def add_layer_norm(
 
 
 def rotary_embedding(query: Tensor, key: Tensor, cos_sin: Tensor) -> None:
-    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)
     for heads in (query, key):
-        rotated = heads[..., : cos_sin.shape[-1]]
-        first, second = rotated.float().chunk(2, dim=-1)
-        rotated.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
+        heads[..., : cos_sin.shape[-1]] = _rotated(heads, cos_sin)
+
+
+def rotary_write_kv(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos_sin: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    eps: float,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+) -> None:
+    turned = _normed_and_rotated(key, key_weight, eps, cos_sin)
+    query.copy_(_normed_and_rotated(query, query_weight, eps, cos_sin))
+    write_kv(turned.to(key.dtype), value, key_cache, value_cache, slot_mapping)
+
+
+def _normed_and_rotated(heads: Tensor, weight: Tensor | None, eps: float, cos_sin: Tensor) -> Tensor:
+    """Float32, for the result to be rounded once."""
+    wide = heads.float()
+    if weight is not None:
+        wide = rms_norm(wide, weight, eps)
+    return torch.cat((_rotated(wide, cos_sin), wide[..., cos_sin.shape[-1] :]), dim=-1)
+
+
+def _rotated(heads: Tensor, cos_sin: Tensor) -> Tensor:
+    """The part of each head that turns, in float32."""
+    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)
+    first, second = heads[..., : cos_sin.shape[-1]].float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:

@@ -38,6 +38,15 @@ class AttentionMetadata:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """RMSNorms of each query head and of each key head, their weights `[head_dim]`."""
+
+    query: Tensor
+    key: Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
 class PagedAttention:
     """One layer's attention: stores the step's keys and values, then lets its tokens look back.
 
@@ -70,8 +79,40 @@ class PagedAttention:
         Returns:
             `[num_tokens, num_heads * head_dim]`, contiguous.
         """
+        cuda_ops.write_kv(key, value, *kv_cache, metadata.slot_mapping)
+        return self._look_back(query, kv_cache, metadata)
+
+    def after_rotating(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cos_sin: Tensor,
+        kv_cache: tuple[Tensor, Tensor],
+        metadata: AttentionMetadata,
+        norms: HeadNorms | None = None,
+    ) -> Tensor:
+        """Attend as a call does, with queries and keys normalised per head and rotated first.
+
+        `query` is mutated; `cos_sin`: `[num_tokens, rotary_dim]` float32.
+        """
+        cuda_ops.rotary_write_kv(
+            query,
+            key,
+            value,
+            cos_sin,
+            *kv_cache,
+            metadata.slot_mapping,
+            query_weight=None if norms is None else norms.query,
+            key_weight=None if norms is None else norms.key,
+            eps=0.0 if norms is None else norms.eps,
+        )
+        return self._look_back(query, kv_cache, metadata)
+
+    def _look_back(
+        self, query: Tensor, kv_cache: tuple[Tensor, Tensor], metadata: AttentionMetadata
+    ) -> Tensor:
         key_cache, value_cache = kv_cache
-        cuda_ops.write_kv(key, value, key_cache, value_cache, metadata.slot_mapping)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         num_decodes = metadata.num_decode_sequences
         if num_decodes:

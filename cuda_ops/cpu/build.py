@@ -34,6 +34,7 @@ SOURCES: Final = (
     "threads.h",
     "sharing.h",
     "recording.h",
+    "checks.h",
     "level.cpp",
     "library.cpp",
 )

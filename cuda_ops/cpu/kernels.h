@@ -91,6 +91,25 @@ struct RotaryArguments {  // an item is a token
   int64_t half;
 };
 
+struct RotaryWriteArguments {  // an item is a token
+  Strided query;               // [num_tokens, num_heads, head_dim]
+  Strided key;                 // [num_tokens, num_kv_heads, head_dim]
+  Strided value;
+  const float* cos_sin;  // [num_tokens, 2 * half]
+  int64_t cos_sin_stride;
+  const void* query_weight;  // [head_dim]; null is no norm
+  const void* key_weight;
+  void* key_cache;
+  void* value_cache;
+  const int64_t* slots;
+  int64_t num_heads;
+  int64_t num_kv_heads;
+  int64_t block_size;
+  int64_t head_dim;
+  int64_t half;
+  float eps;
+};
+
 struct GateArguments {  // an item is a row
   const void* x;        // [rows, 2 * size]
   int64_t row_stride;
@@ -175,6 +194,7 @@ struct Kernels {
   ByType<NormArguments> rms_norm;
   ByType<NormArguments> layer_norm;
   ByType<RotaryArguments> rotary;
+  ByType<RotaryWriteArguments> rotary_write_kv;
   ByType<GateArguments> silu_and_mul;
   ByType<GateArguments> gelu_and_mul;
   ByType<SoftmaxArguments> softmax_at;

@@ -28,6 +28,7 @@ extern const Kernels kernels = {
     {rms_norm<float>, rms_norm<BFloat16>},
     {layer_norm<float>, layer_norm<BFloat16>},
     {rotary<float>, rotary<BFloat16>},
+    {rotary_write_kv<float>, rotary_write_kv<BFloat16>},
     {gate_and_mul<float, silu>, gate_and_mul<BFloat16, silu>},
     {gate_and_mul<float, gelu>, gate_and_mul<BFloat16, gelu>},
     {softmax_at<float>, softmax_at<BFloat16>},

@@ -14,15 +14,13 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "checks.h"
 #include "recording.h"
+#include "kernels.h"
 #include "sharing.h"
 
 namespace throughline {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 struct Level {
   const char* name;
@@ -81,80 +79,6 @@ Tensor copy_contiguous(const Tensor& x) {
   return torch::stable::contiguous(x);
 }
 
-ScalarType type_of(const char* op, const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, op, ": float32 or bfloat16 is needed");
-  return type;
-}
-
-void check_type(const char* op, const char* name, const Tensor& tensor, ScalarType type) {
-  STD_TORCH_CHECK(tensor.scalar_type() == type, op, ": ", name, " has another dtype than the op needs");
-}
-
-void check_shape(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
-  bool is_right = tensor.dim() == static_cast<int64_t>(shape.size());
-  int64_t axis = 0;
-  for (const int64_t size : shape) is_right = is_right && tensor.size(axis++) == size;
-  STD_TORCH_CHECK(is_right, op, ": ", name, " has another shape than the other arguments ask for");
-}
-
-void check_contiguous(const char* op, const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
-}
-
-Strided strided(const Tensor& tensor) {
-  return {tensor.data_ptr(), {tensor.stride(0), tensor.stride(1), tensor.stride(2)}};
-}
-
-PagedCache cache_of(const char* op, const Tensor& keys, const Tensor& values, ScalarType type) {
-  STD_TORCH_CHECK(keys.dim() == 4, op, ": key_cache must have four axes");
-  check_shape(op, "value_cache", values, {keys.size(0), keys.size(1), keys.size(2), keys.size(3)});
-  check_type(op, "key_cache", keys, type);
-  check_type(op, "value_cache", values, type);
-  check_contiguous(op, "key_cache", keys);
-  check_contiguous(op, "value_cache", values);
-  return {keys.data_ptr(), values.data_ptr(), keys.size(1), keys.size(2), keys.size(3)};
-}
-
-void check_heads(const char* op, const Tensor& out, const Tensor& query, const PagedCache& cache) {
-  STD_TORCH_CHECK(query.dim() == 3 && query.size(2) == cache.head_dim, op, ": query does not fit key_cache");
-  STD_TORCH_CHECK(query.size(1) % cache.num_kv_heads == 0, op, ": query heads must be a multiple of key heads");
-  check_shape(op, "out", out, {query.size(0), query.size(1), query.size(2)});
-  check_type(op, "out", out, query.scalar_type());
-}
-
-int64_t window_of(const char* op, const std::optional<int64_t>& sliding_window) {
-  STD_TORCH_CHECK(!sliding_window || *sliding_window >= 1, op, ": sliding_window must be at least 1");
-  return sliding_window.value_or(std::numeric_limits<int64_t>::max());
-}
-
-float cap_of(const char* op, const std::optional<double>& soft_cap) {
-  STD_TORCH_CHECK(!soft_cap || *soft_cap > 0, op, ": soft_cap must be above 0");
-  return static_cast<float>(soft_cap.value_or(std::numeric_limits<double>::infinity()));
-}
-
-// Kernels follow tables blindly, so each context's entries are looked at here; 64 sequences cost a microsecond.
-BlockTables check_tables(const char* op, const Tensor& tables, const Tensor& lengths, const Tensor& key_cache) {
-  if (recording != nullptr)
-    recording->add_check({tables.data_ptr(), lengths.data_ptr()}, [=] { check_tables(op, tables, lengths, key_cache); });
-  check_type(op, "block_tables", tables, ScalarType::Int);
-  check_type(op, "context_lens", lengths, ScalarType::Int);
-  check_contiguous(op, "context_lens", lengths);
-  STD_TORCH_CHECK(tables.dim() == 2 && tables.size(0) == lengths.size(0), op, ": block_tables needs a row a sequence");
-  STD_TORCH_CHECK(tables.stride(1) == 1 || tables.size(1) <= 1, op, ": rows of block_tables must be contiguous");
-  const BlockTables result{static_cast<const int32_t*>(tables.data_ptr()), tables.stride(0)};
-  const auto* lens = static_cast<const int32_t*>(lengths.data_ptr());
-  const int64_t block_size = key_cache.size(2), num_blocks = key_cache.size(0);
-  for (int64_t sequence = 0; sequence < lengths.size(0); ++sequence) {
-    const int64_t used = (lens[sequence] + block_size - 1) / block_size;
-    STD_TORCH_CHECK(lens[sequence] >= 1 && used <= tables.size(1), op, ": a context length does not fit block_tables");
-    const int32_t* row = result.blocks + sequence * result.row_stride;
-    for (int64_t i = 0; i < used; ++i)
-      STD_TORCH_CHECK(row[i] >= 0 && row[i] < num_blocks, op, ": block_tables names a block that is not there");
-  }
-  return result;
-}
-
 void paged_attention_decode(Tensor out, Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables,
                             Tensor context_lens, int64_t max_context_len, double scale,
                             std::optional<int64_t> sliding_window, std::optional<double> soft_cap,
@@ -211,30 +135,14 @@ void paged_attention_prefill(Tensor out, Tensor query, Tensor key_cache, Tensor 
   run(level_in_use->kernels->prefill, type, arguments, items, items * 32 * 32 * cache.head_dim);
 }
 
-const int64_t* check_slots(const char* op, const Tensor& slot_mapping, int64_t num_slots) {
-  if (recording != nullptr)
-    recording->add_check({slot_mapping.data_ptr(), nullptr}, [=] { check_slots(op, slot_mapping, num_slots); });
-  const auto* slots = static_cast<const int64_t*>(slot_mapping.data_ptr());
-  for (int64_t token = 0; token < slot_mapping.size(0); ++token)
-    STD_TORCH_CHECK(slots[token] >= 0 && slots[token] < num_slots, op, ": slot_mapping names a slot that is not there");
-  return slots;
-}
-
 void write_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slot_mapping) {
   const char* op = "write_kv";
   const ScalarType type = type_of(op, key);
   const PagedCache cache = cache_of(op, key_cache, value_cache, type);
-  const int64_t num_tokens = key.size(0), num_slots = key_cache.size(0) * cache.block_size;
-  check_shape(op, "key", key, {num_tokens, cache.num_kv_heads, cache.head_dim});
-  check_shape(op, "value", value, {num_tokens, cache.num_kv_heads, cache.head_dim});
-  check_type(op, "value", value, type);
-  check_type(op, "slot_mapping", slot_mapping, ScalarType::Long);
-  check_shape(op, "slot_mapping", slot_mapping, {num_tokens});
-  check_contiguous(op, "slot_mapping", slot_mapping);
-  const int64_t* slots = check_slots(op, slot_mapping, num_slots);
+  const int64_t* slots = check_slots(op, key, value, slot_mapping, cache, key_cache.size(0));
   const WriteArguments arguments{strided(key), strided(value), key_cache.data_ptr(), value_cache.data_ptr(), slots,
                                  cache.num_kv_heads, cache.block_size, cache.head_dim};
-  run(level_in_use->kernels->write_kv, type, arguments, num_tokens, 2 * key.numel());
+  run(level_in_use->kernels->write_kv, type, arguments, key.size(0), 2 * key.numel());
 }
 
 // Rows in at most two outer axes; tensors of other shapes are copied first.
@@ -245,14 +153,6 @@ Strided rows_of(const Tensor& x, int64_t* inner) {
   *inner = dim == 3 ? x.size(1) : std::max<int64_t>(1, dim < 2 ? 1 : x.numel() / std::max<int64_t>(1, size));
   if (dim == 3) return strided(x);
   return {x.data_ptr(), {0, dim == 1 ? 0 : x.stride(dim - 2), x.stride(dim - 1)}};
-}
-
-const void* affine(const char* op, const char* name, const std::optional<Tensor>& tensor, const Tensor& x) {
-  if (!tensor) return nullptr;
-  check_type(op, name, *tensor, x.scalar_type());
-  check_shape(op, name, *tensor, {x.size(x.dim() - 1)});
-  check_contiguous(op, name, *tensor);
-  return tensor->data_ptr();
 }
 
 Tensor normalise(const char* op, const ByType<NormArguments>& kernels, const Tensor& given, const Tensor* residual,
@@ -300,16 +200,37 @@ Tensor add_layer_norm(Tensor x, Tensor residual, std::optional<Tensor> weight, s
 void rotary_embedding(Tensor query, Tensor key, Tensor cos_sin) {
   const char* op = "rotary_embedding";
   const ScalarType type = type_of(op, query);
-  STD_TORCH_CHECK(query.dim() == 3 && cos_sin.dim() == 2, op, ": query needs three axes, cos_sin two");
-  check_shape(op, "key", key, {query.size(0), key.size(1), query.size(2)});
-  check_type(op, "key", key, type);
-  check_type(op, "cos_sin", cos_sin, ScalarType::Float);
-  STD_TORCH_CHECK(cos_sin.size(0) == query.size(0) && cos_sin.size(1) <= query.size(2) && cos_sin.size(1) % 2 == 0, op,
-                  ": cos_sin does not fit query");
-  STD_TORCH_CHECK(cos_sin.stride(1) == 1 || cos_sin.size(1) <= 1, op, ": rows of cos_sin must be contiguous");
+  check_rotation(op, query, key, cos_sin);
   const RotaryArguments arguments{strided(query), strided(key), static_cast<const float*>(cos_sin.data_ptr()),
                                   cos_sin.stride(0), query.size(1), key.size(1), cos_sin.size(1) / 2};
   run(level_in_use->kernels->rotary, type, arguments, query.size(0), query.numel() + key.numel());
+}
+
+void rotary_write_kv(Tensor query, Tensor key, Tensor value, Tensor cos_sin, std::optional<Tensor> query_weight,
+                     std::optional<Tensor> key_weight, double eps, Tensor key_cache, Tensor value_cache,
+                     Tensor slot_mapping) {
+  const char* op = "rotary_write_kv";
+  const ScalarType type = type_of(op, query);
+  check_rotation(op, query, key, cos_sin);
+  const PagedCache cache = cache_of(op, key_cache, value_cache, type);
+  RotaryWriteArguments arguments{};
+  arguments.slots = check_slots(op, key, value, slot_mapping, cache, key_cache.size(0));
+  arguments.query = strided(query);
+  arguments.key = strided(key);
+  arguments.value = strided(value);
+  arguments.cos_sin = static_cast<const float*>(cos_sin.data_ptr());
+  arguments.cos_sin_stride = cos_sin.stride(0);
+  arguments.query_weight = affine(op, "query_weight", query_weight, query);
+  arguments.key_weight = affine(op, "key_weight", key_weight, key);
+  arguments.key_cache = key_cache.data_ptr();
+  arguments.value_cache = value_cache.data_ptr();
+  arguments.num_heads = query.size(1);
+  arguments.num_kv_heads = cache.num_kv_heads;
+  arguments.block_size = cache.block_size;
+  arguments.head_dim = cache.head_dim;
+  arguments.half = cos_sin.size(1) / 2;
+  arguments.eps = static_cast<float>(eps);
+  run(level_in_use->kernels->rotary_write_kv, type, arguments, query.size(0), query.numel() + 2 * key.numel());
 }
 
 Tensor gate_and_mul(const char* op, ByType<GateArguments> Kernels::*kernel, Tensor given) {
@@ -448,18 +369,6 @@ Tensor linear(Tensor given, Tensor panels, std::optional<Tensor> scales, std::op
   return out;
 }
 
-const int64_t* check_indices(const char* op, const Tensor& indices, int64_t offset, int64_t num_rows) {
-  if (recording != nullptr)
-    recording->add_check({indices.data_ptr(), op}, [=] { check_indices(op, indices, offset, num_rows); });
-  check_type(op, "indices", indices, ScalarType::Long);
-  STD_TORCH_CHECK(indices.dim() == 1, op, ": indices must have one axis");
-  check_contiguous(op, "indices", indices);
-  const auto* values = static_cast<const int64_t*>(indices.data_ptr());
-  for (int64_t i = 0; i < indices.size(0); ++i)
-    STD_TORCH_CHECK(values[i] + offset >= 0 && values[i] + offset < num_rows, op, ": indices name a row that is not there");
-  return values;
-}
-
 Tensor panel_rows(Tensor panels, std::optional<Tensor> scales, Tensor indices, int64_t num_outputs, int64_t num_inputs,
                   bool gives_float32) {
   const char* op = "panel_rows";
@@ -520,6 +429,7 @@ void register_ops() {
   registration->impl("layer_norm", TORCH_BOX(&layer_norm));
   registration->impl("add_layer_norm", TORCH_BOX(&add_layer_norm));
   registration->impl("rotary_embedding", TORCH_BOX(&rotary_embedding));
+  registration->impl("rotary_write_kv", TORCH_BOX(&rotary_write_kv));
   registration->impl("silu_and_mul", TORCH_BOX(&silu_and_mul));
   registration->impl("gelu_and_mul", TORCH_BOX(&gelu_and_mul));
   registration->impl("softmax_at", TORCH_BOX(&softmax_at));

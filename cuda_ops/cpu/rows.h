@@ -1,27 +1,29 @@
 // What is done to rows one by one: writing the cache, norms, rotary embedding, gated activation, softmax.
 #pragma once
 
+// One token's heads into its slot of a cache.
+template <class T>
+INLINE void write_heads(void* cache, const Strided& source, int64_t token, int64_t slot, int64_t num_kv_heads,
+                        int64_t block_size, int64_t head_dim) {
+  const int64_t block = slot / block_size, offset = slot % block_size;
+  const T* from = static_cast<const T*>(source.data) + token * source.strides[0];
+  T* to = static_cast<T*>(cache) + (block * num_kv_heads * block_size + offset) * head_dim;
+  for (int64_t head = 0; head < num_kv_heads; ++head) {
+    if (source.strides[2] == 1) {
+      __builtin_memcpy(to, from, head_dim * sizeof(T));
+    } else {
+      for (int64_t i = 0; i < head_dim; ++i) to[i] = from[i * source.strides[2]];
+    }
+    from += source.strides[1];
+    to += block_size * head_dim;
+  }
+}
+
 template <class T>
 void write_kv(const WriteArguments& a, int64_t begin, int64_t end) {
-  const Strided* sources[] = {&a.key, &a.value};
-  void* caches[] = {a.key_cache, a.value_cache};
   for (int64_t token = begin; token < end; ++token) {
-    const int64_t block = a.slots[token] / a.block_size, offset = a.slots[token] % a.block_size;
-    for (int which = 0; which < 2; ++which) {
-      const Strided& source = *sources[which];
-      const T* from = static_cast<const T*>(source.data) + token * source.strides[0];
-      T* to = static_cast<T*>(caches[which]) +
-              (block * a.num_kv_heads * a.block_size + offset) * a.head_dim;
-      for (int64_t head = 0; head < a.num_kv_heads; ++head) {
-        if (source.strides[2] == 1) {
-          __builtin_memcpy(to, from, a.head_dim * sizeof(T));
-        } else {
-          for (int64_t i = 0; i < a.head_dim; ++i) to[i] = from[i * source.strides[2]];
-        }
-        from += source.strides[1];
-        to += a.block_size * a.head_dim;
-      }
-    }
+    write_heads<T>(a.key_cache, a.key, token, a.slots[token], a.num_kv_heads, a.block_size, a.head_dim);
+    write_heads<T>(a.value_cache, a.value, token, a.slots[token], a.num_kv_heads, a.block_size, a.head_dim);
   }
 }
 
@@ -144,6 +146,100 @@ void rotary(const RotaryArguments& a, int64_t begin, int64_t end) {
     const float* cos = a.cos_sin + token * a.cos_sin_stride;
     rotate_heads<T>(a.query, token, a.num_heads, cos, a.half);
     rotate_heads<T>(a.key, token, a.num_kv_heads, cos, a.half);
+  }
+}
+
+// A head on its way through the norm and the rotation, in float32; `to` may be `from`.
+template <class T>
+struct TurnedHead {
+  const RotaryWriteArguments& arguments;
+  const int64_t size, half, padded;
+  Scratch scratch;
+  float* const row;
+  float* const query_gain;  // null without a norm
+  float* const key_gain;
+
+  explicit TurnedHead(const RotaryWriteArguments& a)
+      : arguments(a),
+        size(a.head_dim),
+        half(a.half),
+        padded(round_up(a.head_dim)),
+        scratch(3 * padded),
+        row(scratch.take(padded)),
+        query_gain(widened(a.query_weight)),
+        key_gain(widened(a.key_weight)) {}
+
+  float* widened(const void* weight) {
+    if (weight == nullptr) return nullptr;
+    float* gain = scratch.take(padded);
+    read_row(gain, static_cast<const T*>(weight), 1, size);
+    return gain;
+  }
+
+  // Elements side by side, half of what turns in whole vectors: a head goes from load to store once.
+  template <bool kHasNorm>
+  INLINE void turn_vectors(T* to, const T* from, const float* gain, const float* cos) const {
+    Floats scale{};
+    if constexpr (kHasNorm) {
+      Floats sum{};
+      int64_t i = 0;
+      for (; i + kLanes <= size; i += kLanes) sum += load(from + i) * load(from + i);
+      const Floats rest = i < size ? load_part(from + i, size - i) : Floats{};
+      scale = splat(inverse_root(sum_of(sum + rest * rest) / size, arguments.eps));
+    }
+    const auto normed = [&](Floats values, int64_t i) {
+      if constexpr (kHasNorm) return values * scale * load(gain + i);
+      else return values;
+    };
+    for (int64_t i = 0; i < half; i += kLanes) {
+      const Floats c = load(cos + i), s = load(cos + half + i);
+      const Floats first = normed(load(from + i), i), second = normed(load(from + half + i), half + i);
+      store(to + i, first * c - second * s);
+      store(to + half + i, second * c + first * s);
+    }
+    int64_t i = 2 * half;
+    for (; i + kLanes <= size; i += kLanes) store(to + i, normed(load(from + i), i));
+    if (i < size) store_part(to + i, normed(load_part(from + i, size - i), i), size - i);
+  }
+
+  void turn_anyhow(T* to, int64_t to_stride, const T* from, int64_t from_stride, const float* gain,
+                   const float* cos) const {
+    read_row(row, from, from_stride, size);
+    if (gain != nullptr) {
+      Floats sum{};
+      for (int64_t i = 0; i < padded; i += kLanes) sum += load(row + i) * load(row + i);
+      const Floats scale = splat(inverse_root(sum_of(sum) / size, arguments.eps));
+      for (int64_t i = 0; i < padded; i += kLanes) store(row + i, load(row + i) * scale * load(gain + i));
+    }
+    rotate_head(row, 1, cos, cos + half, half);
+    write_row(to, to_stride, row, size);
+  }
+
+  void turn(T* to, int64_t to_stride, const T* from, int64_t from_stride, const float* gain, const float* cos) const {
+    if (to_stride != 1 || from_stride != 1 || half % kLanes != 0) {
+      turn_anyhow(to, to_stride, from, from_stride, gain, cos);
+    } else if (gain != nullptr) {
+      turn_vectors<true>(to, from, gain, cos);
+    } else {
+      turn_vectors<false>(to, from, gain, cos);
+    }
+  }
+};
+
+template <class T>
+void rotary_write_kv(const RotaryWriteArguments& a, int64_t begin, int64_t end) {
+  const TurnedHead<T> head(a);
+  for (int64_t token = begin; token < end; ++token) {
+    const float* cos = a.cos_sin + token * a.cos_sin_stride;
+    T* query = static_cast<T*>(a.query.data) + token * a.query.strides[0];
+    for (int64_t h = 0; h < a.num_heads; ++h, query += a.query.strides[1])
+      head.turn(query, a.query.strides[2], query, a.query.strides[2], head.query_gain, cos);
+    const T* key = static_cast<const T*>(a.key.data) + token * a.key.strides[0];
+    const int64_t block = a.slots[token] / a.block_size, offset = a.slots[token] % a.block_size;
+    T* to = static_cast<T*>(a.key_cache) + (block * a.num_kv_heads * a.block_size + offset) * a.head_dim;
+    for (int64_t h = 0; h < a.num_kv_heads; ++h, key += a.key.strides[1], to += a.block_size * a.head_dim)
+      head.turn(to, 1, key, a.key.strides[2], head.key_gain, cos);
+    write_heads<T>(a.value_cache, a.value, token, a.slots[token], a.num_kv_heads, a.block_size, a.head_dim);
   }
 }
 

@@ -21,6 +21,7 @@ OPS: Final[Mapping[str, Callable[..., Any]]] = {
     "paged_attention_prefill": attention.paged_attention_prefill,
     "rms_norm": rows.rms_norm,
     "rotary_embedding": rows.rotary_embedding,
+    "rotary_write_kv": rows.rotary_write_kv,
     "sample_tokens": sampling.sample_tokens,
     "silu_and_mul": rows.silu_and_mul,
     "write_kv": rows.write_kv,

@@ -20,6 +20,8 @@ _NORM_THREADS: Final = 512
 # Elements of a row that a thread of a norm keeps in registers.
 _NORM_KEPT: Final = 32
 _THREADS: Final = 128
+# Of what a head's lanes keep in registers.
+_MAX_HEAD_DIM: Final = 512
 
 
 def silu_and_mul(launcher: Launcher, x: Tensor) -> Tensor:
@@ -107,6 +109,67 @@ def write_kv(
             c_int(num_kv_heads), c_int(block_size), c_int(head_dim),
         ),
     )  # fmt: skip
+
+
+def rotary_write_kv(
+    launcher: Launcher,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos_sin: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    eps: float,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+) -> None:
+    """As the op, and keys and values of rows with a negative slot are not stored."""
+    if query.numel() == 0:
+        return
+    weights = tuple(weight for weight in (query_weight, key_weight) if weight is not None)
+    caches = (key_cache, value_cache)
+    if not _fits_rotary_write(cos_sin, slot_mapping, query, key, value, *caches, *weights):
+        reference.rotary_write_kv(
+            query, key, value, cos_sin, query_weight, key_weight, eps, *caches, slot_mapping
+        )
+        return
+    num_kv_heads, block_size, head_dim = key_cache.shape[1:]
+    half, num_heads = cos_sin.shape[1] // 2, query.shape[1] + 2 * num_kv_heads
+    strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
+    count = run_length((query, key, value, *caches, *weights), half, head_dim, *strides)
+    lanes = _lanes_of_head(max(half, head_dim - 2 * half) // count)
+    variant = Variant.of(
+        "rotary_write", "rotary_write_kv",
+        ELEMENT=ELEMENTS[query.dtype], COUNT=count, THREADS=_THREADS, LANES=lanes,
+        HEAD_DIM=head_dim, HALF=half, NORMS=int(bool(weights)),
+        ANGLE_COUNT=min(count, run_length((cos_sin,), half, cos_sin.stride(0))),
+    )  # fmt: skip
+    launcher.launch(
+        variant,
+        LaunchShape((len(query), -(-num_heads // (_THREADS // lanes)), 1), _THREADS),
+        (
+            query, key, value, cos_sin, query_weight, key_weight, key_cache, value_cache, slot_mapping,
+            *map(c_longlong, strides), c_longlong(cos_sin.stride(0)), c_int(query.shape[1]),
+            c_int(num_kv_heads), c_int(block_size), c_float(eps),
+        ),
+    )  # fmt: skip
+
+
+def _fits_rotary_write(cos_sin: Tensor, slot_mapping: Tensor, *heads: Tensor) -> bool:
+    return (
+        is_served(*heads)
+        and heads[0].shape[-1] <= _MAX_HEAD_DIM
+        and cos_sin.dtype == torch.float32
+        and cos_sin.stride(-1) == 1
+        and slot_mapping.dtype == torch.int64
+        and slot_mapping.is_contiguous()
+    )
+
+
+def _lanes_of_head(runs: int) -> int:
+    """A power of two, of one warp."""
+    return min(_WARP, 1 << max(0, runs - 1).bit_length())
 
 
 def _activate_and_mul(launcher: Launcher, x: Tensor, *, is_gelu: bool = False) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import cuda_ops
-from engine.attention import AttentionMetadata, PagedAttention
+from engine.attention import AttentionMetadata, HeadNorms, PagedAttention
 from engine.checkpoint import Checkpoint
 from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
@@ -161,8 +161,10 @@ class Gemma3Layer:
         self._down = Linear.load_summed(
             checkpoint, f"{name}.mlp.down_proj", size, config.ffn_size, has_bias=False
         )
-        self._query_norm = _load_norm(checkpoint, f"{name}.self_attn.q_norm", head_dim, eps)
-        self._key_norm = _load_norm(checkpoint, f"{name}.self_attn.k_norm", head_dim, eps)
+        query_norm, key_norm = (
+            _load_norm(checkpoint, f"{name}.self_attn.{part}_norm", head_dim, eps).weight for part in "qk"
+        )
+        self._head_norms = HeadNorms(query_norm, key_norm, eps)
         self._attention_norm = _load_norm(checkpoint, f"{name}.input_layernorm", size, eps)
         self._attended_norm = _load_norm(checkpoint, f"{name}.post_attention_layernorm", size, eps)
         self._ffn_norm = _load_norm(checkpoint, f"{name}.pre_feedforward_layernorm", size, eps)
@@ -199,9 +201,10 @@ class Gemma3Layer:
     ) -> Tensor:
         heads = self._qkv(x).view(x.shape[0], -1, self._head_dim)
         query, key, value = torch.split(heads, self._heads, dim=1)
-        query, key = self._query_norm(query), self._key_norm(key)
-        cuda_ops.rotary_embedding(query, key, cos_sin)
-        return self._out(self._attention(query, key, value, kv_cache, metadata))
+        attended = self._attention.after_rotating(
+            query, key, value, cos_sin, kv_cache, metadata, self._head_norms
+        )
+        return self._out(attended)
 
 
 class Gemma3:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import cuda_ops
-from engine.attention import AttentionMetadata, PagedAttention
+from engine.attention import AttentionMetadata, HeadNorms, PagedAttention
 from engine.checkpoint import Checkpoint
 from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
@@ -156,11 +156,12 @@ class LlamaLayer:
             config.num_heads * head_dim,
             has_bias=config.has_out_bias,
         )
-        self._query_norm: RMSNorm | None = None
-        self._key_norm: RMSNorm | None = None
+        self._head_norms: HeadNorms | None = None
         if config.has_head_norm:
-            self._query_norm = RMSNorm.load(checkpoint, f"{name}.self_attn.q_norm", head_dim, config.norm_eps)
-            self._key_norm = RMSNorm.load(checkpoint, f"{name}.self_attn.k_norm", head_dim, config.norm_eps)
+            query_norm, key_norm = (
+                checkpoint.take(f"{name}.self_attn.{part}_norm.weight", head_dim) for part in "qk"
+            )
+            self._head_norms = HeadNorms(query_norm, key_norm, config.norm_eps)
         self._gate_up = Linear.load_fused(
             checkpoint,
             [(f"{name}.mlp.{part}_proj", config.ffn_size) for part in ("gate", "up")],
@@ -203,10 +204,10 @@ class LlamaLayer:
     ) -> Tensor:
         heads = self._qkv(x).view(x.shape[0], -1, self._head_dim)
         query, key, value = torch.split(heads, self._heads, dim=1)
-        if self._query_norm is not None and self._key_norm is not None:
-            query, key = self._query_norm(query), self._key_norm(key)
-        cuda_ops.rotary_embedding(query, key, cos_sin)
-        return self._out(self._attention(query, key, value, kv_cache, metadata))
+        attended = self._attention.after_rotating(
+            query, key, value, cos_sin, kv_cache, metadata, self._head_norms
+        )
+        return self._out(attended)
 
 
 class Llama:

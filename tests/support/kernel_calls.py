@@ -67,7 +67,11 @@ def row_calls(model: ModelShape, num_tokens: int, dtype: torch.dtype) -> Iterato
     caches = [
         torch.zeros(num_tokens + 1, model.num_kv_heads, 16, model.head_dim, dtype=dtype) for _ in range(2)
     ]
-    yield "write_kv", (key, value, *caches, torch.arange(num_tokens) * 17)
+    slots = torch.arange(num_tokens) * 17
+    yield "write_kv", (key, value, *caches, slots)
+    cos_sin, weight = torch.cat((angles.cos(), angles.sin()), -1), torch.ones(model.head_dim, dtype=dtype)
+    for weights in ((None, None), (weight, weight)):
+        yield "rotary_write_kv", (query, key, value, cos_sin, *weights, EPS, *caches, slots)
 
 
 def sampling_calls() -> Iterator[Call]:

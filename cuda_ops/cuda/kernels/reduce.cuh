@@ -1,9 +1,21 @@
 // Sums over a warp and over a block, the same in every lane that gets one, in the same order every time.
 #pragma once
 
+// A NaN where there is one.
+__device__ __forceinline__ float larger(float a, float b) { return a > b || a != a ? a : b; }
+
+// Of each kLanes neighbouring lanes, a power of two; every lane of the warp calls it.
+template <int kLanes = 32>
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+  return value;
+}
+
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2)
+    value = larger(value, __shfl_xor_sync(0xffffffffu, value, distance));
   return value;
 }
 
