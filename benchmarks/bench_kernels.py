@@ -246,10 +246,10 @@ def sampling_cases(num_rows: int) -> Iterator[Case]:
     rows = torch.arange(num_rows, device="cuda")
     numbers = torch.stack((rows, rows * 0, rows + 100, rows * 0), 1)
 
-    def ours(top_p: float) -> Callable[[], object]:
+    def ours(top_p: float, num_top: int = 0) -> Callable[[], object]:
         controls = torch.tensor([[0.8, top_p, 0.0, 1.0, 0.0, 0.0]], device="cuda").repeat(num_rows, 1)
         return lambda: cuda_ops.sample_tokens(
-            logits.next(), numbers, controls, truncates=top_p < 1.0, scores=False
+            logits.next(), numbers, controls, truncates=top_p < 1.0, scores=num_top > 0, num_top=num_top
         )
 
     yield Case(
@@ -260,6 +260,11 @@ def sampling_cases(num_rows: int) -> Iterator[Case]:
     yield Case(
         f"sample, top_p, {num_rows}", "GB/s", size,
         {"ours": ours(0.9), "torch sort": lambda: plain_nucleus(logits.next())},
+        num_copies,
+    )  # fmt: skip
+    yield Case(
+        f"sample, 20 logprobs, {num_rows}", "GB/s", size,
+        {"ours": ours(1.0, 20), "torch race and topk": lambda: plain_scores(logits.next())},
         num_copies,
     )  # fmt: skip
 
@@ -278,6 +283,12 @@ def plain_race(logits: Tensor) -> Tensor:
     return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
 
 
+def plain_scores(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    chosen, logprobs = plain_race(logits), torch.log_softmax(logits, -1)
+    values, ids = logprobs.topk(20)
+    return logprobs.gather(1, chosen[:, None]), values, ids
+
+
 def plain_nucleus(logits: Tensor) -> Tensor:
     values, order = torch.softmax(logits / 0.8, -1).sort(dim=-1, descending=True)
     values = values * (values.cumsum(-1) - values < 0.9)
@@ -293,6 +304,7 @@ def cases(*, is_short: bool) -> Iterator[Case]:
         yield prefill_case(num_new, num_old)
     for num_tokens in (64, 8192):
         yield from row_cases(num_tokens)
+        yield rotary_case(num_tokens)
     for num_rows in (8, 64):
         yield from sampling_cases(num_rows)
 
@@ -304,7 +316,6 @@ def main() -> None:
     )
     parser.add_argument("--short", action="store_true", help="fewer shapes of decode")
     options = parser.parse_args()
-        yield rotary_case(num_tokens)
     if not torch.cuda.is_available():
         parser.exit(1, f"torch {torch.__version__} sees no CUDA device: nothing to measure\n")
     in_use = use_cuda_kernels("native")

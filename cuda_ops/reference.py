@@ -181,7 +181,8 @@ def sample_tokens(
     mask_rows: Tensor | None,
     truncates: bool,
     scores: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    num_top: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     own = logits.float()
     raced = own
     if starts is not None and changes is not None and biases is not None:
@@ -194,10 +195,12 @@ def sample_tokens(
     noise = torch.log(-torch.log1p(-_uniform_below_one(numbers, logits.shape[1])))
     token_ids = _first_maximum(raced - torch.where(temperatures > 0, temperatures * noise, 0.0))
     are_sound = own.amax(-1).isfinite() & ~own.isnan().any(-1)
-    if not scores:
-        return token_ids, own.new_empty(0), are_sound
-    chosen = own.gather(1, token_ids[:, None])[:, 0]
-    return token_ids, chosen - own.logsumexp(-1), are_sound
+    # Equal ones in the order of their tokens.
+    values, order = torch.sort(own, dim=-1, descending=True, stable=True)
+    top_ids, total = order[:, :num_top].contiguous(), own.logsumexp(-1, keepdim=True)
+    top_logprobs = values[:, :num_top] - total
+    logprobs = (own.gather(1, token_ids[:, None]) - total)[:, 0] if scores else own.new_empty(0)
+    return token_ids, logprobs, are_sound, top_ids, top_logprobs
 
 
 def philox(

@@ -39,11 +39,16 @@ class ChosenTokens:
     logprobs: `[num_rows]` float32, of the logits as they were given; empty unless asked for.
     are_sound: `[num_rows]` bool: neither a NaN nor +inf among the logits as given, nor -inf alone. Of other
         rows any token may come.
+    top_ids: `[num_rows, num_top]` int64, the most probable tokens of the logits as given, best first, equal
+        ones in the order of their ids.
+    top_logprobs: like `top_ids`, float32, their log-probabilities.
     """
 
     token_ids: Tensor
     logprobs: Tensor
     are_sound: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
 
 
 def sample_tokens(
@@ -54,6 +59,7 @@ def sample_tokens(
     *,
     truncates: bool,
     scores: bool,
+    num_top: int = 0,
 ) -> ChosenTokens:
     """Choose a token for each row: the best of `logit - temperature * log(E)`, of equals the first.
 
@@ -74,16 +80,21 @@ def sample_tokens(
         changes: None where no row has any; masks without a row may be `[0, n]`.
         truncates: whether any row has `top_k`, `top_p` or `min_p`; they are not looked at otherwise.
         scores: whether log-probabilities are wanted.
+        num_top: how many of each row's most probable tokens are wanted too.
 
     Raises:
-        OpInputError: shapes or dtypes that do not fit together, or an empty vocabulary.
+        OpInputError: shapes or dtypes that do not fit together, an empty vocabulary, or more tokens wanted
+            than it has.
     """
     _check_rows(logits, numbers, controls)
+    if not 0 <= num_top <= logits.shape[1]:
+        raise OpInputError("sample_tokens", f"num_top is {num_top}: 0 to {logits.shape[1]}, the vocabulary")
     if changes is not None:
         _check_changes(logits, changes)
     lists = (None, None, None) if changes is None else (changes.starts, changes.tokens, changes.biases)
     masks = (None, None) if changes is None else (changes.masks, changes.mask_rows)
-    return ChosenTokens(*_sample_tokens(logits, numbers, controls, *lists, *masks, truncates, scores))
+    chosen = _sample_tokens(logits, numbers, controls, *lists, *masks, truncates, scores, num_top)
+    return ChosenTokens(*chosen)
 
 
 def softmax_at(logits: Tensor, temperatures: Tensor) -> Tensor:
@@ -179,19 +190,22 @@ def _fake_sample(
     mask_rows: Tensor | None,
     truncates: bool,
     scores: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    num_top: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_rows = logits.shape[0]
     return (
         logits.new_empty(num_rows, dtype=torch.int64),
         logits.new_empty(num_rows if scores else 0, dtype=torch.float32),
         logits.new_empty(num_rows, dtype=torch.bool),
+        logits.new_empty((num_rows, num_top), dtype=torch.int64),
+        logits.new_empty((num_rows, num_top), dtype=torch.float32),
     )
 
 
 _sample_tokens = define_op(
     "sample_tokens(Tensor logits, Tensor numbers, Tensor controls, Tensor? starts, Tensor? changes, "
-    "Tensor? biases, Tensor? masks, Tensor? mask_rows, bool truncates, bool scores) "
-    "-> (Tensor, Tensor, Tensor)",
+    "Tensor? biases, Tensor? masks, Tensor? mask_rows, bool truncates, bool scores, "
+    "int num_top) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.sample_tokens,
     fake=_fake_sample,
 )

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from engine.batch import Feed
 from engine.beam_progress import BeamProgress
+from engine.chosen_tokens import ChosenTokens, SampledToken
 from engine.outputs import RequestFailure, TokenDelta
 from engine.progress import RequestProgress
 from engine.sampled_progress import SampledProgress
-from engine.sampler import ChosenTokens, SampledToken, SamplerRow, choose, most_probable, sample
+from engine.sampler import SamplerRow, choose, most_probable, num_tops, sample
 from engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
 from engine.sequence import RequestStatus, Sequence
 
@@ -150,11 +151,11 @@ class Decoding:
     def take_ahead(self, ahead: TokensAhead) -> Turn:
         """Read what was chosen, which waits for the device; what has ended since is dropped."""
         turn = Turn()
-        token_ids, are_sound = ahead.chosen.read()
+        tokens = ahead.chosen.read(num_tops([row for one in ahead.due for row in one.rows]))
         now = self._clock()
-        for one, token_id, is_sound in zip(ahead.due, token_ids, are_sound, strict=True):
+        for one, token in zip(ahead.due, tokens, strict=True):
             one.sequence.drop_pending()
-            self._take(one, [SampledToken(token_id, None, is_sound)], now, turn)
+            self._take(one, [token], now, turn)
         return turn
 
     def _sequences_due(

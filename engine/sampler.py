@@ -26,6 +26,7 @@ from torch import Tensor
 
 import cuda_ops
 from engine.batch import to_device
+from engine.chosen_tokens import ChosenTokens, SampledToken, TokenScores
 from engine.packed_rows import pack_changes, pack_draws
 from engine.sampling import MAX_TOP_LOGPROBS, SamplingParams, uniform_draw
 from engine.sequence import Sequence, TokenLogprob
@@ -67,46 +68,6 @@ class SamplerRow:
         return uniform_draw(self.seed, self.sequence.index, self.position)
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """Attributes:
-    entry: `None` unless the request's parameters need log-probabilities.
-    is_sound: Whether its logits were numbers; of a row with a NaN or an infinity any token may come.
-    """
-
-    token_id: int
-    entry: TokenLogprob | None
-    is_sound: bool = True
-
-
-class ChosenTokens:
-    """Tokens chosen on the device, on their way to the host.
-
-    Attributes:
-        ids: `[num_rows]` int64 on the device.
-        logprobs: `[num_rows]` float32 on the device where the choice gave them, empty if none were wanted.
-    """
-
-    def __init__(self, ids: Tensor, are_sound: Tensor, logprobs: Tensor | None = None) -> None:
-        self.ids = ids
-        self.logprobs = logprobs
-        facts = torch.stack((ids, are_sound.to(ids.dtype)))
-        is_on_gpu = ids.device.type == "cuda"
-        self._on_host = torch.empty(facts.shape, dtype=facts.dtype, pin_memory=is_on_gpu)
-        self._on_host.copy_(facts, non_blocking=True)
-        # torch has no types for its events.
-        self._arrived = torch.cuda.Event() if is_on_gpu else None  # type: ignore[no-untyped-call]
-        if self._arrived is not None:
-            self._arrived.record()
-
-    def read(self) -> tuple[list[int], list[bool]]:
-        """The tokens, and whether each one's logits were numbers. Waits for the device to come so far."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        token_ids, are_sound = self._on_host.tolist()
-        return token_ids, [bool(is_sound) for is_sound in are_sound]
-
-
 @torch.inference_mode()
 def choose(logits: Tensor, rows: SequenceOf[SamplerRow]) -> ChosenTokens:
     """Choose a token for each row. `logits`: `[num_rows, vocab_size]` float32, left as they are.
@@ -119,51 +80,30 @@ def choose(logits: Tensor, rows: SequenceOf[SamplerRow]) -> ChosenTokens:
 @torch.inference_mode()
 def sample(logits: Tensor, rows: SequenceOf[SamplerRow]) -> list[SampledToken]:
     """Choose a token for each row, as `choose`, and read it, with the log-probabilities that are wanted."""
-    if not rows:
-        return []
-    own = _select(logits, [row.row for row in rows])
-    return complete(_choose_each(own, rows), own, rows)
+    return choose(logits, rows).read(num_tops(rows)) if rows else []
 
 
 @torch.inference_mode()
 def choose_by_race(logits: Tensor, rows: SequenceOf[SamplerRow]) -> ChosenTokens:
     """As `choose`, by one op; `logits` has a row for each of `rows`."""
+    has_scores = any(row.params.needs_logprobs for row in rows)
     chosen = cuda_ops.sample_tokens(
         logits,
         *pack_draws(rows, logits.device),
         pack_changes(rows, logits.shape[-1], logits.device),
         truncates=any(_truncates(row.params) for row in rows),
-        scores=any(row.params.needs_logprobs for row in rows),
+        scores=has_scores,
+        num_top=min(max(num or 0 for num in num_tops(rows)), logits.shape[-1]),
     )
-    return ChosenTokens(chosen.token_ids, chosen.are_sound, chosen.logprobs)
-
-
-@torch.inference_mode()
-def complete(chosen: ChosenTokens, logits: Tensor, rows: SequenceOf[SamplerRow]) -> list[SampledToken]:
-    """Read the tokens; `logits`, a row for each, gives the log-probabilities that are wanted."""
-    token_ids, are_sound = chosen.read()
-    if chosen.logprobs is None:
-        entries = _score_rows(logits, rows, token_ids)
-    else:
-        entries = _race_entries(logits, rows, token_ids, chosen.logprobs.tolist())
-    return [
-        SampledToken(token_id, entries.get(index), is_sound)
-        for index, (token_id, is_sound) in enumerate(zip(token_ids, are_sound, strict=True))
-    ]
+    scores = TokenScores(range(len(rows)), chosen.logprobs, chosen.top_ids, chosen.top_logprobs)
+    return ChosenTokens(chosen.token_ids, chosen.are_sound, scores if has_scores else None)
 
 
 @torch.inference_mode()
 def score(logits: Tensor, token_ids: SequenceOf[int], num_top: int) -> list[TokenLogprob]:
     """The log-probability of a given token in each row, and of the `num_top` most probable ones."""
-    logprobs = torch.log_softmax(logits, dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None]).flatten().tolist()
-    values, ids = logprobs.topk(num_top)
-    return [
-        TokenLogprob(token_id, logprob, tuple(zip(row_ids, row_values, strict=True)))
-        for token_id, logprob, row_ids, row_values in zip(
-            token_ids, chosen, ids.tolist(), values.tolist(), strict=True
-        )
-    ]
+    scores = TokenScores(range(len(logits)), *_scores(logits, _indices(token_ids, logits), num_top))
+    return scores.entries(token_ids, [num_top] * len(token_ids))
 
 
 @torch.inference_mode()
@@ -190,10 +130,10 @@ def most_probable(
     return [list(zip(row_ids, row_values, strict=True)) for row_ids, row_values in pairs]
 
 
-def _select(logits: Tensor, rows: list[int]) -> Tensor:
-    if rows == list(range(logits.shape[0])):
-        return logits
-    return logits[_indices(rows, logits)]
+def _select(values: Tensor, rows: list[int]) -> Tensor:
+    if rows == list(range(values.shape[0])):
+        return values
+    return values[_indices(rows, values)]
 
 
 def _indices(values: SequenceOf[int], like: Tensor) -> Tensor:
@@ -205,7 +145,7 @@ def _choose_each(logits: Tensor, rows: SequenceOf[SamplerRow]) -> ChosenTokens:
     if logits.is_cuda:
         return choose_by_race(logits, rows)
     token_ids = _choose(_apply_changes(logits, rows), rows)
-    return ChosenTokens(token_ids, _are_sound(logits, rows, token_ids))
+    return ChosenTokens(token_ids, _are_sound(logits, rows, token_ids), _score_rows(logits, rows, token_ids))
 
 
 def _choose(logits: Tensor, rows: SequenceOf[SamplerRow]) -> Tensor:
@@ -377,37 +317,26 @@ def _allow_only(logits: Tensor, allowed: bytes) -> None:
     logits.masked_fill_(torch.from_numpy(bits == 0).to(logits.device), -torch.inf)
 
 
-def _score_rows(
-    logits: Tensor, rows: SequenceOf[SamplerRow], token_ids: SequenceOf[int]
-) -> dict[int, TokenLogprob]:
+def _score_rows(logits: Tensor, rows: SequenceOf[SamplerRow], token_ids: Tensor) -> TokenScores | None:
+    """Of the rows that want it."""
     wanted = [index for index, row in enumerate(rows) if row.params.needs_logprobs]
     if not wanted:
-        return {}
+        return None
     # The same for all: which of equally probable tokens come first depends on how many are asked for.
     num_top = min(MAX_TOP_LOGPROBS, logits.shape[-1]) if any(rows[i].params.logprobs for i in wanted) else 0
-    entries = score(_select(logits, wanted), [token_ids[index] for index in wanted], num_top)
-    return {
-        index: TokenLogprob(entry.token_id, entry.logprob, entry.top[: rows[index].params.logprobs or 0])
-        for index, entry in zip(wanted, entries, strict=True)
-    }
+    return TokenScores(wanted, *_scores(_select(logits, wanted), _select(token_ids, wanted), num_top))
 
 
-def _race_entries(
-    logits: Tensor, rows: SequenceOf[SamplerRow], token_ids: SequenceOf[int], logprobs: SequenceOf[float]
-) -> dict[int, TokenLogprob]:
-    """The race has the chosen token's; who wants the most probable ones too is scored like on a CPU."""
-    entries = {
-        index: TokenLogprob(token_ids[index], logprobs[index], ())
-        for index, row in enumerate(rows)
-        if row.params.needs_logprobs and not row.params.logprobs
-    }
-    ranked = [index for index, row in enumerate(rows) if row.params.logprobs]
-    if ranked:
-        scored = _score_rows(
-            _select(logits, ranked), [rows[index] for index in ranked], [token_ids[index] for index in ranked]
-        )
-        entries |= {ranked[place]: entry for place, entry in scored.items()}
-    return entries
+def _scores(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens' log-probabilities `[num_rows]`; ids and values of the best ones, `[num_rows, num_top]`."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    values, ids = logprobs.topk(num_top)
+    return logprobs.gather(1, token_ids[:, None])[:, 0], ids, values
+
+
+def num_tops(rows: SequenceOf[SamplerRow]) -> list[int | None]:
+    """How many of the most probable tokens each row wants beside its own; None for no log-probability."""
+    return [(row.params.logprobs or 0) if row.params.needs_logprobs else None for row in rows]
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:

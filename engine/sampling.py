@@ -146,8 +146,8 @@ class SamplingParams:
     def can_run_ahead(self) -> bool:
         """Whether a token can be chosen, and the one after it run, before the host knows it.
 
-        What was chosen must not decide what may come next, and nothing else be wanted of its logits. Stop
-        strings and ends of sequence may: they are found one step late, and that step's token is dropped.
+        What was chosen must not decide what may come next. Stop strings and ends of sequence may: they are
+        found one step late, and that step's token is dropped.
         """
         looks_back = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
         return (
@@ -156,7 +156,6 @@ class SamplingParams:
             and not self.use_beam_search
             and self.structured_outputs is None
             and not self.bad_words
-            and not self.needs_logprobs
             and not looks_back
         )
 

@@ -1,4 +1,7 @@
-"""The op that chooses tokens: one kernel for all rows, one more for those that top_k, top_p or min_p cut."""
+"""The op that chooses tokens: one kernel for all rows, one more for those that top_k, top_p or min_p cut.
+
+A third finds the most probable tokens where they are wanted.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ _TRUNCATION_THREADS: Final = 1024
 _STANDING_BYTES: Final = 20
 # Enough that no multiprocessor waits for the last one, few enough that a part is worth a block.
 _BLOCKS_PER_MULTIPROCESSOR: Final = 4
+# Of top.cu: candidates in shared memory; each of a thread's tokens, and each part of a row, may take num_top.
+_CAPACITY: Final = 2048
 _MAX_VOCAB_SIZE: Final = 1 << 22
 _MAX_ROWS: Final = 65535
 
@@ -34,12 +39,12 @@ def sample_tokens(
     mask_rows: Tensor | None,
     truncates: bool,
     scores: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    num_top: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_rows, vocab_size = logits.shape
-    is_served = logits.dtype in ELEMENTS and logits.stride(1) == 1 and vocab_size <= _MAX_VOCAB_SIZE
-    if num_rows == 0 or num_rows > _MAX_ROWS or not is_served:
+    if num_rows == 0 or num_rows > _MAX_ROWS or not _is_served(logits, num_top):
         return reference.sample_tokens(
-            logits, numbers, controls, starts, changes, biases, masks, mask_rows, truncates, scores
+            logits, numbers, controls, starts, changes, biases, masks, mask_rows, truncates, scores, num_top
         )
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     are_sound = torch.empty(num_rows, dtype=torch.bool, device=logits.device)
@@ -57,7 +62,7 @@ def sample_tokens(
     variant = Variant.of(
         "sampling", "draw",
         ELEMENT=ELEMENTS[logits.dtype], COUNT=count, THREADS=_THREADS,
-        CHANGES=int(changes is not None), TRUNCATES=int(truncates), SCORES=int(scores),
+        CHANGES=int(changes is not None), TRUNCATES=int(truncates), SCORES=int(scores or num_top > 0),
     )  # fmt: skip
     shared_bytes = -(-part_size // 32) * 4 if changes is not None else 0
     launcher.launch(
@@ -74,7 +79,48 @@ def sample_tokens(
         _launch_truncated(
             launcher, logits, changed, (token_ids, logprobs, tops, totals), (numbers, controls), scores=scores
         )
-    return token_ids, logprobs if scores else logprobs[:0], are_sound
+    top_ids, top_logprobs = _launch_top(launcher, logits, totals, arrivals, num_top)
+    return token_ids, logprobs if scores else logprobs[:0], are_sound, top_ids, top_logprobs
+
+
+def _launch_top(
+    launcher: Launcher, logits: Tensor, totals: Tensor, arrivals: Tensor, num_top: int
+) -> tuple[Tensor, Tensor]:
+    num_rows, vocab_size = logits.shape
+    top_ids = torch.empty((num_rows, num_top), dtype=torch.int64, device=logits.device)
+    top_logprobs = torch.empty((num_rows, num_top), dtype=torch.float32, device=logits.device)
+    if num_top == 0:
+        return top_ids, top_logprobs
+    count = run_length((logits,), vocab_size, logits.stride(0))
+    of_thread = _CAPACITY // num_top
+    part_size = min(
+        max(_part_size(launcher, num_rows, vocab_size, count), -(-vocab_size // of_thread)),
+        of_thread // count * count * _THREADS,
+    )
+    part_size = -(-part_size // count) * count
+    num_parts = -(-vocab_size // part_size)
+    candidates = torch.empty((num_rows, num_parts, num_top), dtype=torch.int64, device=logits.device)
+    launcher.launch(
+        Variant.of(
+            "top", "top_logprobs",
+            ELEMENT=ELEMENTS[logits.dtype], COUNT=count, THREADS=_THREADS, CAPACITY=_CAPACITY,
+        ),
+        LaunchShape((num_parts, num_rows, 1), _THREADS),
+        (
+            top_ids, top_logprobs, candidates, arrivals, logits, totals,
+            c_longlong(logits.stride(0)), c_int(vocab_size), c_int(part_size), c_int(num_top),
+        ),
+    )  # fmt: skip
+    return top_ids, top_logprobs
+
+
+def _is_served(logits: Tensor, num_top: int) -> bool:
+    vocab_size = logits.shape[1]
+    if logits.dtype not in ELEMENTS or logits.stride(1) != 1 or vocab_size > _MAX_VOCAB_SIZE:
+        return False
+    # Runs of the widest element have eight.
+    of_thread = _CAPACITY // max(1, num_top)
+    return num_top <= _THREADS and vocab_size <= of_thread * (of_thread // 8 * 8) * _THREADS
 
 
 def _launch_truncated(

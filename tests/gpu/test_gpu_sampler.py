@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cuda_ops.native import use_cuda_kernels
-from engine.sampler import SampledToken, SamplerRow, choose_by_race, complete, sample
+from engine.chosen_tokens import SampledToken
+from engine.sampler import SamplerRow, choose_by_race, num_tops, sample
 from engine.sampling import SamplingParams
 from engine.sequence import Sequence
 
@@ -20,7 +21,7 @@ PARAMS = (
     SamplingParams(),
     SamplingParams(temperature=0.7, top_k=50, top_p=0.9, logprobs=0),
     SamplingParams(min_p=0.05, repetition_penalty=1.2, frequency_penalty=0.3),
-    SamplingParams(top_p=0.95, logit_bias={3: 4.0}),
+    SamplingParams(top_p=0.95, logit_bias={3: 4.0}, logprobs=5),
 )
 
 
@@ -34,7 +35,7 @@ def kernels() -> Iterator[None]:
 
 
 def race(logits: Tensor, rows: list[SamplerRow]) -> list[SampledToken]:
-    return complete(choose_by_race(logits, rows), logits, rows)
+    return choose_by_race(logits, rows).read(num_tops(rows))
 
 
 @pytest.mark.parametrize("vocab_size", [50_257, 128_256])
@@ -53,3 +54,4 @@ def test_sampler_draws_on_the_device_what_the_meaning_draws_on_the_cpu(vocab_siz
         if other.entry is not None:
             assert one.entry is not None
             assert one.entry.logprob == pytest.approx(other.entry.logprob, abs=1e-4)
+            assert [top[0] for top in one.entry.top] == [top[0] for top in other.entry.top]

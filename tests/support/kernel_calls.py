@@ -89,7 +89,10 @@ def sampling_calls() -> Iterator[Call]:
         logits = torch.randn(2, 128).to(dtype)
         for listed in ((None,) * 5, changes):
             for truncates in (False, True):
-                yield "sample_tokens", (logits, numbers, controls, *listed, truncates, scores)
+                yield "sample_tokens", (logits, numbers, controls, *listed, truncates, scores, 0)
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.randn(2, 128).to(dtype)
+        yield "sample_tokens", (logits, numbers, controls, *(None,) * 5, False, True, 20)
 
 
 def projected(model: ModelShape, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,23 +13,16 @@
 // Limits: a row has one block, so few rows do not fill the device; logits of one power of two fall into four bins of
 // the first round, whose atomics queue.
 #include <element.cuh>
+#include <place.cuh>
 #include <race.cuh>
 
 using Stored = ELEMENT::Stored;
 using Elements = Run<ELEMENT, COUNT>;
-using Place = unsigned long long;
 
 constexpr int kBits = 11;
 constexpr int kBins = 1 << kBits;
-constexpr int kIdBits = 23;
 
 static_assert(THREADS * 2 == kBins, "a thread sums two bins");
-
-__device__ __forceinline__ Place place_of(float logit, int token) {
-  const unsigned bits = __float_as_uint(logit + 0.0f);  // -0 and 0 are one
-  const unsigned key = bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-  return static_cast<Place>(key) << kIdBits | ((1u << kIdBits) - 1 - static_cast<unsigned>(token));
-}
 
 struct Row {
   const Stored* logits;
@@ -153,7 +146,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const Race race(numbers, controls);
   const Row row{logits + index * row_stride, vocab_size, tops[index], race.inverse};
   Place bound = 0;
-  if (controls[2] > 0.0f) bound = place_of(row.top + race.temperature * logf(controls[2]), (1 << kIdBits) - 1);
+  if (controls[2] > 0.0f) bound = place_of(row.top + race.temperature * logf(controls[2]), static_cast<int>(kLastId));
   if (numbers[3] > 0 && numbers[3] < vocab_size)
     bound = last_kept<false>(row, histogram, bound, static_cast<unsigned long long>(numbers[3]), 0.0f);
   if (controls[1] < 1.0f) bound = last_kept<true>(row, histogram, bound, 0, controls[1]);

@@ -64,6 +64,7 @@ def make_arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
             torch.tensor([0, -1, 0, -1, 0], dtype=torch.int32),
             True,
             True,
+            3,
         ),
         "softmax_at": (rows, torch.rand(5) + 0.1),
         "write_kv": (key, key.clone(), *caches, torch.tensor([11, 0, 3, 4, 9])),

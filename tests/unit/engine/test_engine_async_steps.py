@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import engine.builtin
 from engine import decoding
+from engine.chosen_tokens import ChosenTokens
 from engine.core import Engine
 from engine.outputs import RequestOutput
-from engine.sampler import ChosenTokens
 from engine.sampling import SamplingParams, StructuredOutput
 from tests.unit.engine.engine_factory import GREEDY, Run, generate, make_engine, random_prompt
 from tests.unit.engine.test_engine_soak import BEGINNINGS, Soak, draw_params
@@ -35,6 +35,20 @@ def _told(output: RequestOutput) -> list[tuple[Any, ...]]:
     return [(c.index, c.token_ids, c.text, c.finish_reason, c.stop_reason) for c in output.completions]
 
 
+def _assert_logprobs_are_those_of(output: RequestOutput, other: RequestOutput) -> None:
+    """Up to what products of batches of another size differ by."""
+    for one, expected in zip(output.completions, other.completions, strict=True):
+        if expected.logprobs is None:
+            assert one.logprobs is None
+            continue
+        assert one.logprobs is not None
+        assert one.logprobs.tokens == expected.logprobs.tokens
+        assert one.logprobs.token_logprobs == pytest.approx(expected.logprobs.token_logprobs, abs=1e-4)
+        for tops, meant in zip(one.logprobs.top_logprobs, expected.logprobs.top_logprobs, strict=True):
+            assert (tops is None) == (meant is None)
+            assert sorted((tops or {}).values()) == pytest.approx(sorted((meant or {}).values()), abs=1e-4)
+
+
 def _simple(rng: random.Random) -> SamplingParams:
     """Nothing that must know its tokens: greedy or sampled, with ends of every kind."""
     kind = rng.choice(
@@ -42,6 +56,7 @@ def _simple(rng: random.Random) -> SamplingParams:
     )
     habits: list[dict[str, Any]] = [{}, {}, {"stop": ("e",)}, {"stop": (" a", "th")}, {"ignore_eos": True}]
     habits += [{"min_tokens": 3}, {"stop_token_ids": (5, 17, 40)}, {"echo": True}, {"logit_bias": {7: 2.0}}]
+    habits += [{"logprobs": 0}, {"logprobs": 5}]
     fields = {"max_tokens": rng.randint(3, 24), "seed": rng.randrange(1 << 30)} | kind | rng.choice(habits)
     return SamplingParams(**fields)
 
@@ -62,6 +77,7 @@ def test_async_steps_give_the_same_as_steps_that_wait(
 
     for id, (_, params) in requests.items():
         assert _told(ahead.outputs[id]) == _told(waiting.outputs[id]), params
+        _assert_logprobs_are_those_of(ahead.outputs[id], waiting.outputs[id])
         assert ahead.outputs[id].usage == waiting.outputs[id].usage
         streams = {key: text for key, text in waiting.texts.items() if key[0] == id}
         assert {key: text for key, text in ahead.texts.items() if key[0] == id} == streams
@@ -75,7 +91,7 @@ def test_async_steps_launch_a_step_before_they_read_the_one_before(
     under_test = make_engine(opt_folder, async_steps="on")
     run, read = under_test._runner.run, ChosenTokens.read
     monkeypatch.setattr(under_test._runner, "run", lambda *args: (order.append("launch"), run(*args))[1])
-    monkeypatch.setattr(ChosenTokens, "read", lambda self: (order.append("read"), read(self))[1])
+    monkeypatch.setattr(ChosenTokens, "read", lambda *args: (order.append("read"), read(*args))[1])
 
     generate(under_test, {"a": (random_prompt(5), replace(GREEDY, max_tokens=4))})
 
@@ -87,7 +103,6 @@ def test_async_steps_launch_a_step_before_they_read_the_one_before(
     [
         {"n": 2},
         {"use_beam_search": True, "n": 2},
-        {"logprobs": 1},
         {"repetition_penalty": 1.1},
         {"presence_penalty": 0.5},
         {"frequency_penalty": 0.5},

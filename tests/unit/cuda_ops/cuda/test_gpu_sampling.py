@@ -57,16 +57,17 @@ def expected(
     changes: LogitChanges | None = None,
     *,
     truncates: bool = True,
+    num_top: int = 0,
 ) -> ChosenTokens:
     numbers, controls = parameters
     if changes is None:
         meant = reference.sample_tokens(
-            logits, numbers, controls, None, None, None, None, None, truncates, True
+            logits, numbers, controls, None, None, None, None, None, truncates, True, num_top
         )
     else:
         meant = reference.sample_tokens(
             logits, numbers, controls, changes.starts, changes.tokens, changes.biases, changes.masks,
-            changes.mask_rows, truncates, True,
+            changes.mask_rows, truncates, True, num_top,
         )  # fmt: skip
     return ChosenTokens(*meant)
 
@@ -76,6 +77,8 @@ def assert_same(actual: ChosenTokens, meant: ChosenTokens) -> None:
     assert actual.are_sound.tolist() == meant.are_sound.tolist()
     # Sums of up to 2^18 terms of at most 1, a logarithm of them, and the chosen logit.
     torch.testing.assert_close(actual.logprobs, meant.logprobs, rtol=1e-6, atol=1e-5)
+    assert actual.top_ids.tolist() == meant.top_ids.tolist()
+    torch.testing.assert_close(actual.top_logprobs, meant.top_logprobs, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -204,3 +207,48 @@ def test_sample_tokens_gives_a_row_the_same_token_beside_any_others(
         one = slice(row, row + 1)
         alone = cuda_ops.sample_tokens(logits[one], numbers[one], controls[one], truncates=True, scores=True)
         assert alone.token_ids[0] == together[row]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("vocab_size", "num_top"), [(1, 1), (7, 7), (999, 20), (4096, 1), (128_256, 20)])
+def test_sample_tokens_gives_the_most_probable_tokens_beside_the_chosen_one(
+    vocab_size: int, num_top: int, dtype: torch.dtype
+) -> None:
+    """In bfloat16 many of them are equal."""
+    logits, parameters = make_logits(3, vocab_size, dtype), make_parameters([(0.9, *NO_CUT)] * 3)
+
+    chosen = cuda_ops.sample_tokens(logits, *parameters, truncates=False, scores=True, num_top=num_top)
+
+    assert_same(chosen, expected(logits, parameters, truncates=False, num_top=num_top))
+
+
+@pytest.mark.parametrize("is_ascending", [False, True])
+def test_sample_tokens_finds_the_most_probable_tokens_where_one_thread_has_them_all(
+    is_ascending: bool,
+) -> None:
+    """The hundred best are a thread's own, by any width of its reads; the others are equal."""
+    logits = torch.full((2, 256 * 400), -3.0)
+    own = torch.arange(100) * 256 * 4
+    logits[:, own] = torch.arange(100.0).flip(0) if is_ascending else torch.arange(100.0)
+    logits[1] = -logits[1]
+    parameters = make_parameters([(1.0, *NO_CUT)] * 2)
+
+    chosen = cuda_ops.sample_tokens(logits, *parameters, truncates=False, scores=True, num_top=20)
+
+    assert_same(chosen, expected(logits, parameters, truncates=False, num_top=20))
+
+
+def test_sample_tokens_of_rows_without_numbers_or_with_one_token_left_names_tokens_that_exist() -> None:
+    logits = make_logits(3, 1000, torch.float32).clone()
+    logits[0] = -torch.inf
+    logits[0, 70] = 1.0
+    logits[1, 5::7] = torch.nan
+    logits[2] = torch.nan
+    parameters = make_parameters([(1.0, *NO_CUT)] * 3)
+
+    chosen = cuda_ops.sample_tokens(logits, *parameters, truncates=False, scores=False, num_top=4)
+
+    assert chosen.top_ids[0].tolist() == [70, 0, 1, 2]
+    assert chosen.top_logprobs[0].tolist() == [0.0, *[-torch.inf] * 3]
+    assert ((chosen.top_ids >= 0) & (chosen.top_ids < 1000)).all()
+    assert chosen.logprobs.shape == (0,)
