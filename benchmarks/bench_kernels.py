@@ -197,6 +197,18 @@ def row_cases(num_tokens: int) -> Iterator[Case]:
         },
         num_copies,
     )  # fmt: skip
+    yield Case(
+        f"add_rms_norm, float8 out, {num_tokens}", "GB/s", 7.0 * num_tokens * HIDDEN,
+        {
+            "ours": lambda: cuda_ops.add_rms_norm_quantised(
+                rows.next(), residuals.next(), weight, 1e-5, torch.float8_e4m3fn
+            ),
+            "ours, torch quantises": lambda: plain_quantise(
+                cuda_ops.add_rms_norm(rows.next(), residuals.next(), weight, 1e-5)
+            ),
+        },
+        num_copies,
+    )  # fmt: skip
     work = 6.0 * num_tokens * INTERMEDIATE
     num_copies = rotated(work)
     gates = Turns(random_rows(num_tokens, 2 * INTERMEDIATE, num_copies))
@@ -271,6 +283,11 @@ def sampling_cases(num_rows: int) -> Iterator[Case]:
 
 def random_rows(num_tokens: int, size: int, num_copies: int) -> list[Tensor]:
     return [torch.randn(num_tokens, size, device="cuda").bfloat16() for _ in range(num_copies)]
+
+
+def plain_quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    scales = x.abs().amax(1, keepdim=True).float() / 448
+    return (x / scales).to(torch.float8_e4m3fn), scales
 
 
 def plain_gate(x: Tensor) -> Tensor:

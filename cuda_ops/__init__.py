@@ -8,22 +8,36 @@ from cuda_ops.dense import linear
 from cuda_ops.kv_cache import rotary_write_kv, write_kv
 from cuda_ops.lookup import add, add_rows, panel_rows
 from cuda_ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from cuda_ops.norm import (
+    add_layer_norm,
+    add_layer_norm_quantised,
+    add_rms_norm,
+    add_rms_norm_quantised,
+    layer_norm,
+    layer_norm_quantised,
+    rms_norm,
+    rms_norm_quantised,
+)
 from cuda_ops.rotary import rotary_embedding
 from cuda_ops.sampling import argmax, sample_tokens, softmax_at
 
 __all__ = [
     "add",
     "add_layer_norm",
+    "add_layer_norm_quantised",
     "add_rms_norm",
     "add_rows",
+    "add_rms_norm_quantised",
     "argmax",
     "gelu_and_mul",
     "layer_norm",
+    "layer_norm_quantised",
     "linear",
     "paged_attention_decode",
     "paged_attention_prefill",
     "panel_rows",
     "rms_norm",
+    "rms_norm_quantised",
     "rotary_embedding",
     "rotary_write_kv",
     "sample_tokens",

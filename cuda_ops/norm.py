@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 import torch
 from torch import Tensor
 
 from cuda_ops import reference
+from cuda_ops.errors import OpInputError
 from cuda_ops.registry import define_op
+
+_QUANTISED: Final = (torch.float8_e4m3fn, torch.int8)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -66,6 +71,81 @@ def add_layer_norm(
     return result
 
 
+def rms_norm_quantised(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return `rms_norm` in eight bits: values, and what one of them stands for in each row.
+
+    A row's largest number by size becomes the dtype's largest, 448 or 127; the norm is not rounded before.
+    For a product of eight bits with a scale a row, of which a row of zeros has 0, one with a NaN a NaN.
+
+    Args:
+        x: `[num_tokens, size]`.
+        weight: `[size]`.
+        eps: added under the root.
+        dtype: `float8_e4m3fn` or `int8`.
+
+    Returns:
+        `[num_tokens, size]` of that dtype, rounded to the nearest, of two to the even one, and
+        `[num_tokens, 1]` float32.
+
+    Raises:
+        OpInputError: another dtype, or x of another shape.
+    """
+    _check_quantised("rms_norm_quantised", x, dtype)
+    values, scales = _rms_norm_quantised(x, weight, eps, dtype)
+    return values, scales
+
+
+def add_rms_norm_quantised(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Add `x` to `residual` in place, as `add_rms_norm` does, and return `rms_norm_quantised` of the sum.
+
+    Raises:
+        OpInputError: as `rms_norm_quantised`.
+    """
+    _check_quantised("add_rms_norm_quantised", x, dtype)
+    values, scales = _add_rms_norm_quantised(x, residual, weight, eps, dtype)
+    return values, scales
+
+
+def layer_norm_quantised(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return `layer_norm` in eight bits, as `rms_norm_quantised` does with the other norm.
+
+    Raises:
+        OpInputError: as `rms_norm_quantised`.
+    """
+    _check_quantised("layer_norm_quantised", x, dtype)
+    values, scales = _layer_norm_quantised(x, weight, bias, eps, dtype)
+    return values, scales
+
+
+def add_layer_norm_quantised(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Add `x` to `residual` in place, as `add_layer_norm` does, and return `layer_norm_quantised` of the sum.
+
+    Raises:
+        OpInputError: as `rms_norm_quantised`.
+    """
+    _check_quantised("add_layer_norm_quantised", x, dtype)
+    values, scales = _add_layer_norm_quantised(x, residual, weight, bias, eps, dtype)
+    return values, scales
+
+
+def _check_quantised(op: str, x: Tensor, dtype: torch.dtype) -> None:
+    if dtype not in _QUANTISED:
+        raise OpInputError(op, f"dtype is {dtype}: must be float8_e4m3fn or int8")
+    if x.dim() != 2 or x.shape[1] == 0:
+        raise OpInputError(op, f"x is {list(x.shape)}: [num_tokens, size]")
+
+
 def _fake_like_first(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -89,4 +169,34 @@ _add_layer_norm = define_op(
     "add_layer_norm(Tensor x, Tensor(a!) residual, Tensor? weight, Tensor? bias, float eps) -> Tensor",
     reference=reference.add_layer_norm,
     fake=_fake_like_first,
+)
+
+
+def _fake_quantised(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    dtype: torch.dtype = arguments[-1]
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+
+
+_rms_norm_quantised = define_op(
+    "rms_norm_quantised(Tensor x, Tensor weight, float eps, ScalarType dtype) -> (Tensor, Tensor)",
+    reference=reference.rms_norm_quantised,
+    fake=_fake_quantised,
+)
+_add_rms_norm_quantised = define_op(
+    "add_rms_norm_quantised(Tensor x, Tensor(a!) residual, Tensor weight, float eps, ScalarType dtype)"
+    " -> (Tensor, Tensor)",
+    reference=reference.add_rms_norm_quantised,
+    fake=_fake_quantised,
+)
+_layer_norm_quantised = define_op(
+    "layer_norm_quantised(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType dtype)"
+    " -> (Tensor, Tensor)",
+    reference=reference.layer_norm_quantised,
+    fake=_fake_quantised,
+)
+_add_layer_norm_quantised = define_op(
+    "add_layer_norm_quantised(Tensor x, Tensor(a!) residual, Tensor? weight, Tensor? bias, float eps,"
+    " ScalarType dtype) -> (Tensor, Tensor)",
+    reference=reference.add_layer_norm_quantised,
+    fake=_fake_quantised,
 )

@@ -113,6 +113,46 @@ def add_layer_norm(
     return layer_norm(residual, weight, bias, eps)
 
 
+def rms_norm_quantised(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _quantised(rms_norm(x.float(), weight, eps), dtype)
+
+
+def add_rms_norm_quantised(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    residual += x
+    return rms_norm_quantised(residual, weight, eps, dtype)
+
+
+def layer_norm_quantised(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    wide_weight, wide_bias = (None if part is None else part.float() for part in (weight, bias))
+    return _quantised(layer_norm(x.float(), wide_weight, wide_bias, eps), dtype)
+
+
+def add_layer_norm_quantised(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    residual += x
+    return layer_norm_quantised(residual, weight, bias, eps, dtype)
+
+
+def _quantised(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Each row's largest becomes the dtype's largest; `[num_rows, 1]` says how much one stands for."""
+    end = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    scaled = (rows * (end / largest).masked_fill(largest == 0, 0.0)).clamp(-end, end)
+    if dtype == torch.int8:
+        scaled = scaled.nan_to_num(0.0).round()
+    return scaled.to(dtype), largest / end
+
+
 def rotary_embedding(query: Tensor, key: Tensor, cos_sin: Tensor) -> None:
     for heads in (query, key):
         heads[..., : cos_sin.shape[-1]] = _rotated(heads, cos_sin)

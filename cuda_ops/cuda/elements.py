@@ -15,6 +15,13 @@ ELEMENTS: Final[Mapping[torch.dtype, str]] = {
 }
 """Structs of `element.cuh`."""
 
+OUTPUTS: Final[Mapping[torch.dtype, str]] = {
+    **ELEMENTS,
+    torch.float8_e4m3fn: "Float8",
+    torch.int8: "Int8",
+}
+"""What may come out: those, and structs of `quantised.cuh`."""
+
 _RUN_BYTES: Final = 16
 
 

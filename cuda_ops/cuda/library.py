@@ -14,12 +14,16 @@ from cuda_ops.registry import NAMESPACE
 
 OPS: Final[Mapping[str, Callable[..., Any]]] = {
     "add_layer_norm": rows.add_layer_norm,
+    "add_layer_norm_quantised": rows.add_layer_norm_quantised,
     "add_rms_norm": rows.add_rms_norm,
+    "add_rms_norm_quantised": rows.add_rms_norm_quantised,
     "gelu_and_mul": rows.gelu_and_mul,
     "layer_norm": rows.layer_norm,
+    "layer_norm_quantised": rows.layer_norm_quantised,
     "paged_attention_decode": attention.paged_attention_decode,
     "paged_attention_prefill": attention.paged_attention_prefill,
     "rms_norm": rows.rms_norm,
+    "rms_norm_quantised": rows.rms_norm_quantised,
     "rotary_embedding": rows.rotary_embedding,
     "rotary_write_kv": rows.rotary_write_kv,
     "sample_tokens": sampling.sample_tokens,

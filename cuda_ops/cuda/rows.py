@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cuda_ops import reference
-from cuda_ops.cuda.elements import ELEMENTS, is_served, run_length
+from cuda_ops.cuda.elements import ELEMENTS, OUTPUTS, is_served, run_length
 from cuda_ops.cuda.launcher import Launcher, LaunchShape, Variant
 
 _WARP: Final = 32
@@ -58,6 +58,49 @@ def add_layer_norm(
     if not _fits_norm(x, residual, weight, bias):
         return reference.add_layer_norm(x, residual, weight, bias, eps)
     return _norm(launcher, x, residual, weight, bias, eps, is_centred=True)
+
+
+def rms_norm_quantised(
+    launcher: Launcher, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    if not _fits_norm(x, weight):
+        return reference.rms_norm_quantised(x, weight, eps, dtype)
+    return _quantised_norm(launcher, x, None, weight, None, eps, dtype, is_centred=False)
+
+
+def add_rms_norm_quantised(
+    launcher: Launcher, x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    if not _fits_norm(x, residual, weight):
+        return reference.add_rms_norm_quantised(x, residual, weight, eps, dtype)
+    return _quantised_norm(launcher, x, residual, weight, None, eps, dtype, is_centred=False)
+
+
+def layer_norm_quantised(
+    launcher: Launcher,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    if not _fits_norm(x, weight, bias):
+        return reference.layer_norm_quantised(x, weight, bias, eps, dtype)
+    return _quantised_norm(launcher, x, None, weight, bias, eps, dtype, is_centred=True)
+
+
+def add_layer_norm_quantised(
+    launcher: Launcher,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    if not _fits_norm(x, residual, weight, bias):
+        return reference.add_layer_norm_quantised(x, residual, weight, bias, eps, dtype)
+    return _quantised_norm(launcher, x, residual, weight, bias, eps, dtype, is_centred=True)
 
 
 def rotary_embedding(launcher: Launcher, query: Tensor, key: Tensor, cos_sin: Tensor) -> None:
@@ -207,8 +250,40 @@ def _norm(
     is_centred: bool,
 ) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _launch_norm(launcher, out, None, x, residual, weight, bias, eps, is_centred=is_centred)
+    return out
+
+
+def _quantised_norm(
+    launcher: Launcher,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    *,
+    is_centred: bool,
+) -> tuple[Tensor, Tensor]:
+    out, scales = x.new_empty(x.shape, dtype=dtype), x.new_empty((len(x), 1), dtype=torch.float32)
+    _launch_norm(launcher, out, scales, x, residual, weight, bias, eps, is_centred=is_centred)
+    return out, scales
+
+
+def _launch_norm(
+    launcher: Launcher,
+    out: Tensor,
+    scales: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    is_centred: bool,
+) -> None:
     if out.numel() == 0:
-        return out
+        return
     # Heads of a projection are rows of rows: what cannot be told by two strides is copied.
     rows = x if x.dim() in (2, 3) else x.reshape(-1, x.shape[-1])
     size, per_outer = rows.shape[-1], rows.shape[1] if rows.dim() == 3 else 1
@@ -219,15 +294,16 @@ def _norm(
     threads = min(_NORM_THREADS, -(-runs // _WARP) * _WARP)
     variant = Variant.of(
         "norm", "normalise",
-        ELEMENT=ELEMENTS[x.dtype], COUNT=count, THREADS=threads, RUNS=-(-runs // threads),
+        ELEMENT=ELEMENTS[x.dtype], OUTPUT=OUTPUTS[out.dtype],
+        COUNT=count, THREADS=threads, RUNS=-(-runs // threads),
         ADDS_RESIDUAL=int(residual is not None), CENTRES=int(is_centred),
     )  # fmt: skip
     launcher.launch(
         variant,
         LaunchShape((out.numel() // size, 1, 1), threads),
         (
-            out, rows, residual, weight, bias, c_longlong(rows.stride(0)), c_longlong(rows.stride(-2)),
-            c_longlong(residual_stride), c_int(per_outer), c_int(size), c_float(eps),
+            out, scales, rows, residual, weight, bias, c_longlong(rows.stride(0)),
+            c_longlong(rows.stride(-2)), c_longlong(residual_stride), c_int(per_outer), c_int(size),
+            c_float(eps),
         ),
     )  # fmt: skip
-    return out

@@ -39,6 +39,9 @@ MODELS = (
     ModelShape("gemma-2-9b", 3584, 14336, 16, 8, 256, soft_cap=50.0),
 )
 
+# A kernel's registers hardly depend on how wide it is: of the norms in eight bits these widths are enough.
+_QUANTISED = ("opt-125m", "llama-3-8b", "llama-3-70b")
+
 Call = tuple[str, tuple[Any, ...]]
 
 
@@ -46,6 +49,8 @@ def calls_of_models(dtype: torch.dtype = torch.bfloat16) -> Iterator[Call]:
     for model in MODELS:
         yield from row_calls(model, 2, dtype)
         yield from attention_calls(model, dtype)
+        if model.name in _QUANTISED:
+            yield from quantised_calls(model, 2, dtype)
     yield from sampling_calls()
 
 
@@ -72,6 +77,17 @@ def row_calls(model: ModelShape, num_tokens: int, dtype: torch.dtype) -> Iterato
     cos_sin, weight = torch.cat((angles.cos(), angles.sin()), -1), torch.ones(model.head_dim, dtype=dtype)
     for weights in ((None, None), (weight, weight)):
         yield "rotary_write_kv", (query, key, value, cos_sin, *weights, EPS, *caches, slots)
+
+
+def quantised_calls(model: ModelShape, num_tokens: int, dtype: torch.dtype) -> Iterator[Call]:
+    """Norms of the residual in eight bits."""
+    hidden = torch.randn(num_tokens, model.hidden).to(dtype)
+    residual, weight = torch.randn_like(hidden), torch.randn(model.hidden).to(dtype)
+    for quantised in (torch.float8_e4m3fn, torch.int8):
+        yield "rms_norm_quantised", (hidden, weight, EPS, quantised)
+        yield "add_rms_norm_quantised", (hidden, residual.clone(), weight, EPS, quantised)
+        yield "layer_norm_quantised", (hidden, weight, weight, EPS, quantised)
+        yield "add_layer_norm_quantised", (hidden, residual.clone(), weight, weight, EPS, quantised)
 
 
 def sampling_calls() -> Iterator[Call]:

@@ -1,15 +1,18 @@
 // The element types of tensors, without CUDA's headers: what a kernel is compiled for is -DELEMENT=<one of them>.
+// kLargest: what a row's largest number is scaled to before it is rounded; 0 where rows are not scaled.
 #pragma once
 #include <ptx.cuh>
 
 struct Float32 {
   using Stored = float;
+  static constexpr float kLargest = 0.0f;
   static __device__ __forceinline__ float widen(Stored stored) { return stored; }
   static __device__ __forceinline__ Stored round(float wide) { return wide; }
 };
 
 struct BFloat16 {
   using Stored = unsigned short;
+  static constexpr float kLargest = 0.0f;
   static __device__ __forceinline__ float widen(Stored stored) {
     return __uint_as_float(static_cast<unsigned>(stored) << 16);
   }
@@ -24,6 +27,7 @@ struct BFloat16 {
 
 struct Float16 {
   using Stored = unsigned short;
+  static constexpr float kLargest = 0.0f;
   static __device__ __forceinline__ float widen(Stored stored) { return fp16_to_float(stored); }
   static __device__ __forceinline__ Stored round(float wide) {
     return static_cast<Stored>(pack_fp16(wide, 0.0f));

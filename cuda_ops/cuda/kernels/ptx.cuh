@@ -31,6 +31,21 @@ __device__ __forceinline__ float fp16_to_float(unsigned short bits) {
   return wide;
 }
 
+// Whether the device has instructions for float8 e4m3.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+constexpr bool kHasFloat8 = false;
+__device__ __forceinline__ unsigned pack_float8(float, float) { return 0; }
+#else
+constexpr bool kHasFloat8 = true;
+
+// Two numbers of e4m3 in 16 bits, the first in the lower half; past 448 it is 448.
+__device__ __forceinline__ unsigned pack_float8(float low, float high) {
+  unsigned short packed;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+#endif
+
 // 2^x with an error of two units in the last place; denormals become 0.
 __device__ __forceinline__ float fast_exp2(float x) {
   float power;

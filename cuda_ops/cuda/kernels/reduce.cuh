@@ -1,4 +1,4 @@
-// Sums over a warp and over a block, the same in every lane that gets one, in the same order every time.
+// Sums and maxima over a warp and over a block, the same in every lane that gets one, in the same order every time.
 #pragma once
 
 // A NaN where there is one.
@@ -29,6 +29,20 @@ __device__ __forceinline__ float block_sum(float value, float* scratch) {
     value = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < kThreads / 32; ++warp) value += scratch[warp];
+    __syncthreads();
+  }
+  return value;
+}
+
+template <int kThreads>
+__device__ __forceinline__ float block_max(float value, float* scratch) {
+  value = warp_max(value);
+  if constexpr (kThreads > 32) {
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
+    __syncthreads();
+    value = scratch[0];
+#pragma unroll
+    for (int warp = 1; warp < kThreads / 32; ++warp) value = larger(value, scratch[warp]);
     __syncthreads();
   }
   return value;

@@ -25,6 +25,27 @@ inline float fp16_to_float(unsigned short bits) {
   return static_cast<float>(narrow);
 }
 
+// By search among the 127 numbers that there are, where kernels shift bits.
+inline float float8_value(unsigned code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  const float magnitude = exponent == 0 ? std::ldexp(mantissa / 8.0f, -6) : std::ldexp(1.0f + mantissa / 8.0f, exponent - 7);
+  return (code & 0x7f) == 0x7f ? std::nanf("") : code & 0x80 ? -magnitude : magnitude;
+}
+
+inline unsigned float8_bits(float x) {
+  const unsigned sign = std::signbit(x) ? 0x80 : 0;
+  const float magnitude = std::fabs(x);
+  if (x != x) return sign | 0x7f;
+  unsigned code = 0;
+  while (code < 0x7e && float8_value(code + 1) <= magnitude) ++code;
+  if (code == 0x7e) return sign | code;
+  const float below = magnitude - float8_value(code), above = float8_value(code + 1) - magnitude;
+  return sign | (above < below || (above == below && code % 2 == 1) ? code + 1 : code);
+}
+
+constexpr bool kHasFloat8 = true;
+inline unsigned pack_float8(float low, float high) { return float8_bits(low) | float8_bits(high) << 8; }
+
 inline float fast_exp2(float x) { return std::exp2(x); }
 
 // Nothing is copied before it is waited for, as late as the hardware may; until then the target holds NaN.

@@ -38,6 +38,10 @@ def make_arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "add_rms_norm": (rows, residual, weight, 1e-5),
         "layer_norm": (rows, weight, bias, 1e-5),
         "add_layer_norm": (rows, residual, None, None, 1e-5),
+        "rms_norm_quantised": (rows, weight, 1e-5, torch.int8),
+        "add_rms_norm_quantised": (rows, residual, weight, 1e-5, torch.float8_e4m3fn),
+        "layer_norm_quantised": (rows, weight, bias, 1e-5, torch.float8_e4m3fn),
+        "add_layer_norm_quantised": (rows, residual, None, None, 1e-5, torch.int8),
         "rotary_embedding": (query.clone(), key.clone(), torch.randn(5, 8)),
         "rotary_write_kv": (
             query.clone(),

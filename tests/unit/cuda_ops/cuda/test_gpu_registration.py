@@ -12,14 +12,15 @@ import cuda_ops
 from cuda_ops.cuda.library import OPS
 from cuda_ops.registry import NAMESPACE
 from tests.support.emulated_kernels import EmulatedLauncher, registered, require_compiler
-from tests.support.kernel_calls import EPS, MODELS, attention_calls, row_calls
+from tests.support.kernel_calls import EPS, MODELS, attention_calls, quantised_calls, row_calls
 
 SMALLEST = MODELS[0]
 
 
 def calls() -> dict[str, tuple[Any, ...]]:
-    made = (*row_calls(SMALLEST, 2, torch.bfloat16), *attention_calls(SMALLEST, torch.bfloat16))
-    return dict(made)
+    families = (row_calls, quantised_calls)
+    made = [call for family in families for call in family(SMALLEST, 2, torch.bfloat16)]
+    return dict([*made, *attention_calls(SMALLEST, torch.bfloat16)])
 
 
 CHECKED = sorted(set(OPS) & set(calls()))
