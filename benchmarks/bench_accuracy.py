@@ -1,4 +1,4 @@
-"""What bfloat16 and int8 cost in accuracy, against the same model in float32.
+"""What bfloat16, int8 and a cache in float8 cost in accuracy, against the same model in float32.
 
     python -m benchmarks accuracy [--model FOLDER ...] [--tokens 256] [--texts 8]
 
@@ -38,10 +38,13 @@ from engine.sampling import SamplingParams
 from engine.weights import load_model
 
 BLOCK_SIZE: Final = 16
-WAYS: Final[Mapping[str, tuple[torch.dtype, WeightLayout]]] = {
-    "bfloat16": (torch.bfloat16, "packed"),
-    "int8": (torch.bfloat16, "int8"),
+WAYS: Final[Mapping[str, tuple[torch.dtype, WeightLayout, torch.dtype]]] = {
+    "bfloat16": (torch.bfloat16, "packed", torch.bfloat16),
+    "bfloat16, fp8 cache": (torch.bfloat16, "packed", torch.float8_e4m3fn),
+    "float32, fp8 cache": (torch.float32, "dense", torch.float8_e4m3fn),
+    "int8": (torch.bfloat16, "int8", torch.bfloat16),
 }
+"""Of activations, weights and cache."""
 _SIZES: Final = {"vocab_size": 8192, "tie_word_embeddings": True}
 _LLAMA_SIZES: Final = _SIZES | {
     "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
@@ -98,10 +101,9 @@ def main() -> None:
 
 def measure(folder: Path, num_texts: int, num_tokens: int) -> dict[str, Cost]:
     texts = write_texts(folder, num_texts, num_tokens)
-    exact = torch.cat(list(read_texts(folder, texts, torch.float32, "dense")))
+    exact = torch.cat(list(read_texts(folder, texts, torch.float32, "dense", torch.float32)))
     return {
-        name: compare(exact, torch.cat(list(read_texts(folder, texts, dtype, layout))))
-        for name, (dtype, layout) in WAYS.items()
+        name: compare(exact, torch.cat(list(read_texts(folder, texts, *way)))) for name, way in WAYS.items()
     }
 
 
@@ -121,20 +123,25 @@ def write_texts(folder: Path, num_texts: int, num_tokens: int) -> list[list[int]
 
 @torch.inference_mode()
 def read_texts(
-    folder: Path, texts: list[list[int]], dtype: torch.dtype, layout: WeightLayout
+    folder: Path,
+    texts: list[list[int]],
+    dtype: torch.dtype,
+    layout: WeightLayout,
+    cache_dtype: torch.dtype,
 ) -> Iterator[Tensor]:
     """Yield each text's logits, `[num_tokens, vocab_size]` float32."""
     model = load_model(str(folder), dtype=dtype, device=torch.device("cpu"), layout=layout).model
     for text in texts:
-        yield _read(model, text, dtype)
+        yield _read(model, text, cache_dtype)
 
 
-def _read(model: CausalLM, text: list[int], dtype: torch.dtype) -> Tensor:
+def _read(model: CausalLM, text: list[int], cache_dtype: torch.dtype) -> Tensor:
     size, config = len(text), model.config
     num_blocks = -(-size // BLOCK_SIZE)
     shape = (num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
     cache = [
-        (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(config.num_layers)
+        (torch.zeros(shape, dtype=cache_dtype), torch.zeros(shape, dtype=cache_dtype))
+        for _ in range(config.num_layers)
     ]
     metadata = AttentionMetadata(
         query_start=torch.tensor([0, size], dtype=torch.int32),

@@ -54,11 +54,11 @@ class Pages:
     lengths: Tensor
 
     @classmethod
-    def random(cls, num_sequences: int, context_len: int) -> Pages:
+    def random(cls, num_sequences: int, context_len: int, dtype: torch.dtype = torch.bfloat16) -> Pages:
         blocks_each = -(-context_len // BLOCK_SIZE)
         num_blocks = num_sequences * blocks_each
         shape = (num_blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
-        keys, values = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        keys, values = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(dtype) for _ in range(2))
         tables = torch.randperm(num_blocks, device="cuda").to(torch.int32).view(num_sequences, blocks_each)
         lengths = torch.full((num_sequences,), context_len, dtype=torch.int32, device="cuda")
         return cls(keys, values, tables, lengths)
@@ -133,6 +133,29 @@ def decode_case(num_sequences: int, context_len: int) -> Case:
         theirs = Turns([flashinfer_decode(pages, query, context_len) for pages in copies])
         ways["FlashInfer"] = lambda: theirs.next()()
     return Case(f"decode, {num_sequences} x {context_len}", "GB/s", work, ways, num_copies)
+
+
+def float8_case(num_sequences: int, context_len: int) -> Case:
+    """Decode over a cache of float8, half the bytes; against ours over bfloat16 by what that moves."""
+    work = 2.0 * num_sequences * context_len * KV_HEADS * HEAD_DIM
+    num_copies = rotated(work)
+    query = torch.randn(num_sequences, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    out, scale = torch.empty_like(query), HEAD_DIM**-0.5
+
+    def over(dtype: torch.dtype) -> Callable[[], object]:
+        paged = Turns([Pages.random(num_sequences, context_len, dtype) for _ in range(num_copies)])
+
+        def decode() -> None:
+            pages = paged.next()
+            cuda_ops.paged_attention_decode(
+                out, query, pages.keys, pages.values, pages.tables, pages.lengths,
+                max_context_len=context_len, scale=scale,
+            )  # fmt: skip
+
+        return decode
+
+    ways = {"ours": over(torch.float8_e4m3fn), "ours, bfloat16": over(torch.bfloat16)}
+    return Case(f"decode over float8, {num_sequences} x {context_len}", "GB/s", work, ways, num_copies)
 
 
 def gather(pages: Pages, context_len: int) -> tuple[Tensor, Tensor]:
@@ -317,6 +340,8 @@ def cases(*, is_short: bool) -> Iterator[Case]:
         for context_len in (1024, 8192) if is_short else (128, 1024, 4096, 8192):
             if num_sequences * context_len <= 2**20:
                 yield decode_case(num_sequences, context_len)
+    for num_sequences, context_len in ((8, 8192), (64, 1024), (64, 8192)):
+        yield float8_case(num_sequences, context_len)
     for num_new, num_old in ((2048, 0), (2048, 6144), (8192, 0)):
         yield prefill_case(num_new, num_old)
     for num_tokens in (64, 8192):

@@ -208,6 +208,12 @@ def engine_options(command: Command) -> Command:
             "[default: cpu]",
         ),
         click.option(
+            "--kv-cache-dtype",
+            type=click.Choice(["auto", "fp8"]),
+            help="Type of cached keys and values: fp8 takes half of bfloat16's memory, or a quarter of "
+            "float32's, and is less accurate; slow on a CPU.  [default: auto, as the model computes]",
+        ),
+        click.option(
             "--dtype", type=click.Choice(["float32", "bfloat16", "int8"]), help="Type of the weights."
         ),
     ):

@@ -32,6 +32,7 @@ class ServeOptions:
     speculative_tokens: int | None = None
     is_batch_invariant: bool = False
     tensor_parallel_size: int | None = None
+    kv_cache_dtype: str | None = None
 
 
 def environment(options: ServeOptions, base: Mapping[str, str]) -> dict[str, str]:
@@ -51,6 +52,7 @@ def environment(options: ServeOptions, base: Mapping[str, str]) -> dict[str, str
         "THROUGHLINE_SPECULATIVE_TOKENS": _number(options.speculative_tokens),
         "THROUGHLINE_BATCH_INVARIANT": "true" if options.is_batch_invariant else None,
         "THROUGHLINE_TENSOR_PARALLEL_SIZE": _number(options.tensor_parallel_size),
+        "THROUGHLINE_KV_CACHE_DTYPE": options.kv_cache_dtype,
         "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": options.otlp_traces_endpoint,
     }
     return {**base, **{name: value for name, value in given.items() if value}}

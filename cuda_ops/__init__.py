@@ -7,7 +7,6 @@ from cuda_ops.attention import paged_attention_decode, paged_attention_prefill
 from cuda_ops.dense import linear
 from cuda_ops.kv_cache import rotary_write_kv, write_kv
 from cuda_ops.lookup import add, add_rows, panel_rows
-from cuda_ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from cuda_ops.norm import (
     add_layer_norm,
     add_layer_norm_quantised,
@@ -26,8 +25,8 @@ __all__ = [
     "add_layer_norm",
     "add_layer_norm_quantised",
     "add_rms_norm",
-    "add_rows",
     "add_rms_norm_quantised",
+    "add_rows",
     "argmax",
     "gelu_and_mul",
     "layer_norm",

@@ -7,10 +7,12 @@ times NaN is NaN. A cache allocated with zeros keeps that.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from cuda_ops import reference
+from cuda_ops import reference, reference_eight_bits
 from cuda_ops.errors import OpInputError
+from cuda_ops.kv_cache import NO_SCALES, Scales, check_scales
 from cuda_ops.registry import define_op
 
 
@@ -27,6 +29,7 @@ def paged_attention_decode(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     split_len: int | None = None,
+    scales: Scales = NO_SCALES,
 ) -> None:
     """Let one token of each sequence, its last, attend to the sequence's whole context.
 
@@ -46,27 +49,25 @@ def paged_attention_decode(
         soft_cap: bends scaled scores towards it, `soft_cap * tanh(score / soft_cap)`, before the softmax.
         split_len: where a kernel sums a context in parts, the tokens of each, a multiple of 16: a sequence's
             result then has the same bits in any batch. None lets the kernel choose, to fill the device.
+        scales: of a float8 cache, as for `write_kv`.
 
     Raises:
-        OpInputError: heads do not fit together, `split_len` is no multiple of 16 or `soft_cap` not above 0.
+        OpInputError: heads do not fit together, `split_len` is no multiple of 16, `soft_cap` not above 0, or
+            `scales` do not fit the cache.
     """
     _check_heads("paged_attention_decode", query, key_cache)
     _check_soft_cap("paged_attention_decode", soft_cap)
     if split_len is not None and (split_len < 1 or split_len % 16):
         raise OpInputError("paged_attention_decode", f"split_len is {split_len}: must be a multiple of 16")
-    _decode(
-        out,
-        query,
-        key_cache,
-        value_cache,
-        block_tables,
-        context_lens,
-        max_context_len,
-        scale,
-        sliding_window,
-        soft_cap,
-        split_len,
-    )
+    check_scales("paged_attention_decode", key_cache, scales)
+    arguments = (
+        out, query, key_cache, value_cache, block_tables, context_lens,
+        max_context_len, scale, sliding_window, soft_cap, split_len,
+    )  # fmt: skip
+    if key_cache.dtype == torch.float8_e4m3fn:
+        _decode_float8(*arguments, *scales)
+    else:
+        _decode(*arguments)
 
 
 def paged_attention_prefill(
@@ -81,6 +82,7 @@ def paged_attention_prefill(
     scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    scales: Scales = NO_SCALES,
 ) -> None:
     """Let each sequence's last tokens attend causally to its context, which already holds their own keys.
 
@@ -97,24 +99,22 @@ def paged_attention_prefill(
         scale: multiplies the scores before the softmax.
         sliding_window: as in `paged_attention_decode`.
         soft_cap: as in `paged_attention_decode`.
+        scales: as in `paged_attention_decode`.
 
     Raises:
-        OpInputError: heads do not fit together, or `soft_cap` is not above 0.
+        OpInputError: heads do not fit together, `soft_cap` is not above 0, or `scales` do not fit the cache.
     """
     _check_heads("paged_attention_prefill", query, key_cache)
     _check_soft_cap("paged_attention_prefill", soft_cap)
-    _prefill(
-        out,
-        query,
-        key_cache,
-        value_cache,
-        query_start,
-        context_lens,
-        block_tables,
-        scale,
-        sliding_window,
-        soft_cap,
-    )
+    check_scales("paged_attention_prefill", key_cache, scales)
+    arguments = (
+        out, query, key_cache, value_cache, query_start, context_lens, block_tables,
+        scale, sliding_window, soft_cap,
+    )  # fmt: skip
+    if key_cache.dtype == torch.float8_e4m3fn:
+        _prefill_float8(*arguments, *scales)
+    else:
+        _prefill(*arguments)
 
 
 def _check_heads(op: str, query: Tensor, key_cache: Tensor) -> None:
@@ -147,5 +147,19 @@ _prefill = define_op(
     " Tensor query_start, Tensor context_lens, Tensor block_tables, float scale, int? sliding_window,"
     " float? soft_cap) -> ()",
     reference=reference.paged_attention_prefill,
+    fake=_fake,
+)
+_decode_float8 = define_op(
+    "paged_attention_decode_float8(Tensor(a!) out, Tensor query, Tensor key_cache, Tensor value_cache,"
+    " Tensor block_tables, Tensor context_lens, int max_context_len, float scale, int? sliding_window,"
+    " float? soft_cap, int? split_len, float key_scale, float value_scale) -> ()",
+    reference=reference_eight_bits.paged_attention_decode_float8,
+    fake=_fake,
+)
+_prefill_float8 = define_op(
+    "paged_attention_prefill_float8(Tensor(a!) out, Tensor query, Tensor key_cache, Tensor value_cache,"
+    " Tensor query_start, Tensor context_lens, Tensor block_tables, float scale, int? sliding_window,"
+    " float? soft_cap, float key_scale, float value_scale) -> ()",
+    reference=reference_eight_bits.paged_attention_prefill_float8,
     fake=_fake,
 )

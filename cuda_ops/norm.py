@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from cuda_ops import reference
+from cuda_ops import reference, reference_eight_bits
 from cuda_ops.errors import OpInputError
 from cuda_ops.registry import define_op
 
@@ -179,24 +179,24 @@ def _fake_quantised(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 _rms_norm_quantised = define_op(
     "rms_norm_quantised(Tensor x, Tensor weight, float eps, ScalarType dtype) -> (Tensor, Tensor)",
-    reference=reference.rms_norm_quantised,
+    reference=reference_eight_bits.rms_norm_quantised,
     fake=_fake_quantised,
 )
 _add_rms_norm_quantised = define_op(
     "add_rms_norm_quantised(Tensor x, Tensor(a!) residual, Tensor weight, float eps, ScalarType dtype)"
     " -> (Tensor, Tensor)",
-    reference=reference.add_rms_norm_quantised,
+    reference=reference_eight_bits.add_rms_norm_quantised,
     fake=_fake_quantised,
 )
 _layer_norm_quantised = define_op(
     "layer_norm_quantised(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType dtype)"
     " -> (Tensor, Tensor)",
-    reference=reference.layer_norm_quantised,
+    reference=reference_eight_bits.layer_norm_quantised,
     fake=_fake_quantised,
 )
 _add_layer_norm_quantised = define_op(
     "add_layer_norm_quantised(Tensor x, Tensor(a!) residual, Tensor? weight, Tensor? bias, float eps,"
     " ScalarType dtype) -> (Tensor, Tensor)",
-    reference=reference.add_layer_norm_quantised,
+    reference=reference_eight_bits.add_layer_norm_quantised,
     fake=_fake_quantised,
 )

@@ -20,7 +20,7 @@ from torch import Tensor
 # that the cost of a round is not its calls, small enough that the gathered keys are still in cache for the
 # product. Measured on 64 sequences of 112 (bfloat16) and 400 (float32) tokens: a fifth slower at 192 Ki;
 # past 32 MB the allocator maps fresh pages at every call, up to 3 times slower.
-_GATHERED_ELEMENTS: Final = 768 * 1024
+GATHERED_ELEMENTS: Final = 768 * 1024
 
 _WORD: Final = 0xFFFFFFFF
 
@@ -57,7 +57,7 @@ def paged_attention_decode(
     tables = block_tables[:, :num_blocks]
     grouped = query.reshape(num_sequences, num_kv_heads, num_heads // num_kv_heads, head_dim)
     hidden = _hidden_from_decode(context_lens, num_blocks * block_size, sliding_window)
-    chunk = max(1, _GATHERED_ELEMENTS // (num_kv_heads * num_blocks * block_size * head_dim))
+    chunk = max(1, GATHERED_ELEMENTS // (num_kv_heads * num_blocks * block_size * head_dim))
     for start in range(0, num_sequences, chunk):
         part = slice(start, start + chunk)
         pages = _pages(tables[part], num_kv_heads)
@@ -113,46 +113,6 @@ def add_layer_norm(
     return layer_norm(residual, weight, bias, eps)
 
 
-def rms_norm_quantised(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return _quantised(rms_norm(x.float(), weight, eps), dtype)
-
-
-def add_rms_norm_quantised(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    residual += x
-    return rms_norm_quantised(residual, weight, eps, dtype)
-
-
-def layer_norm_quantised(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    wide_weight, wide_bias = (None if part is None else part.float() for part in (weight, bias))
-    return _quantised(layer_norm(x.float(), wide_weight, wide_bias, eps), dtype)
-
-
-def add_layer_norm_quantised(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    residual += x
-    return layer_norm_quantised(residual, weight, bias, eps, dtype)
-
-
-def _quantised(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Each row's largest becomes the dtype's largest; `[num_rows, 1]` says how much one stands for."""
-    end = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
-    largest = rows.abs().amax(dim=1, keepdim=True)
-    scaled = (rows * (end / largest).masked_fill(largest == 0, 0.0)).clamp(-end, end)
-    if dtype == torch.int8:
-        scaled = scaled.nan_to_num(0.0).round()
-    return scaled.to(dtype), largest / end
-
-
 def rotary_embedding(query: Tensor, key: Tensor, cos_sin: Tensor) -> None:
     for heads in (query, key):
         heads[..., : cos_sin.shape[-1]] = _rotated(heads, cos_sin)
@@ -170,12 +130,12 @@ def rotary_write_kv(
     value_cache: Tensor,
     slot_mapping: Tensor,
 ) -> None:
-    turned = _normed_and_rotated(key, key_weight, eps, cos_sin)
-    query.copy_(_normed_and_rotated(query, query_weight, eps, cos_sin))
+    turned = normed_and_rotated(key, key_weight, eps, cos_sin)
+    query.copy_(normed_and_rotated(query, query_weight, eps, cos_sin))
     write_kv(turned.to(key.dtype), value, key_cache, value_cache, slot_mapping)
 
 
-def _normed_and_rotated(heads: Tensor, weight: Tensor | None, eps: float, cos_sin: Tensor) -> Tensor:
+def normed_and_rotated(heads: Tensor, weight: Tensor | None, eps: float, cos_sin: Tensor) -> Tensor:
     """Float32, for the result to be rounded once."""
     wide = heads.float()
     if weight is not None:

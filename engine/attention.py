@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import cuda_ops
+from cuda_ops.kv_cache import NO_SCALES, Scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +54,12 @@ class PagedAttention:
     Attributes:
         scale: multiplies the scores before the softmax.
         sliding_window: tokens a token sees, itself included; None is all of them.
+        cache_scales: what one of the cache's keys and one of its values stands for where it is float8.
     """
 
     scale: float
     sliding_window: int | None = None
+    cache_scales: Scales = NO_SCALES
 
     def __call__(
         self,
@@ -79,7 +82,8 @@ class PagedAttention:
         Returns:
             `[num_tokens, num_heads * head_dim]`, contiguous.
         """
-        cuda_ops.write_kv(key, value, *kv_cache, metadata.slot_mapping)
+        scales = self._scales_of(kv_cache)
+        cuda_ops.write_kv(key, value, *kv_cache, metadata.slot_mapping, scales=scales)
         return self._look_back(query, kv_cache, metadata)
 
     def after_rotating(
@@ -106,6 +110,7 @@ class PagedAttention:
             query_weight=None if norms is None else norms.query,
             key_weight=None if norms is None else norms.key,
             eps=0.0 if norms is None else norms.eps,
+            scales=self._scales_of(kv_cache),
         )
         return self._look_back(query, kv_cache, metadata)
 
@@ -113,6 +118,7 @@ class PagedAttention:
         self, query: Tensor, kv_cache: tuple[Tensor, Tensor], metadata: AttentionMetadata
     ) -> Tensor:
         key_cache, value_cache = kv_cache
+        scales = self._scales_of(kv_cache)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         num_decodes = metadata.num_decode_sequences
         if num_decodes:
@@ -127,6 +133,7 @@ class PagedAttention:
                 scale=self.scale,
                 sliding_window=self.sliding_window,
                 split_len=metadata.split_len,
+                scales=scales,
             )
         if num_decodes < metadata.context_lens.shape[0]:
             cuda_ops.paged_attention_prefill(
@@ -139,5 +146,9 @@ class PagedAttention:
                 metadata.block_tables[num_decodes:],
                 scale=self.scale,
                 sliding_window=self.sliding_window,
+                scales=scales,
             )
         return out.flatten(1)
+
+    def _scales_of(self, kv_cache: tuple[Tensor, Tensor]) -> Scales:
+        return self.cache_scales if kv_cache[0].dtype == torch.float8_e4m3fn else NO_SCALES

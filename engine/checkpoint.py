@@ -12,10 +12,10 @@ held twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Final, Literal, Protocol
@@ -187,6 +187,25 @@ class Checkpoint:
         self._read_into(target, name)
         return target
 
+    def take_scale(self, name: str, default: float) -> float:
+        """Return a single number, or `default` where there is none of this name.
+
+        Raises:
+            ModelLoadError: it is no single number, or not above 0 and finite.
+        """
+        if not self.has(name):
+            return default
+        entry = self._pop(name)
+        source = entry.file.read(entry.full_name)
+        number = float(source) if source.numel() == 1 else math.nan
+        if not 0 < number < math.inf:
+            what = number if source.numel() == 1 else list(source.shape)
+            raise ModelLoadError(
+                str(entry.file.path), f"tensor {name} is {what}: must be one finite number above 0"
+            )
+        self.on_read(source.nbytes)
+        return number
+
     def take_rows(self, parts: Sequence[tuple[str, int]], *columns: int) -> Tensor:
         """Stack `[rows, *columns]` tensors into one, as if they had been one tensor in the file.
 
@@ -266,7 +285,7 @@ class Checkpoint:
             _check(entry, name, found, shape, source.dtype)
             target.copy_(source)
             self.on_read(source.nbytes)
-        self.num_elements += prod(shape)
+        self.num_elements += math.prod(shape)
 
     def _pop(self, name: str) -> _Entry:
         entry = self._entries.pop(name, None)

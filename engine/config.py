@@ -10,6 +10,8 @@ from engine.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 ActivationDtype = Literal["float32", "bfloat16"]
+KVCacheDtype = Literal["auto", "fp8"]
+"""vLLM's words; `auto` is the dtype of activations."""
 Switch = Literal["auto", "on", "off"]
 """`auto` is on where it pays: on a GPU."""
 Kernels = Literal["auto", "native", "reference"]
@@ -23,12 +25,14 @@ class EngineConfig:
 
     Attributes:
         model: A folder in Hugging Face layout, or a hub name.
-        dtype: Of weights, activations and cache. `int8` rounds the weights of dense layers, each output on a
-            scale of its own, and embeddings that are the head's, and keeps the rest in bfloat16; on the CPU
-            only.
+        dtype: Of weights, activations and, unless `kv_cache_dtype` says otherwise, cache. `int8` rounds the
+            weights of dense layers, each output on a scale of its own, and embeddings that are the head's,
+            and keeps the rest in bfloat16; on the CPU only.
         device: `cpu`, `cuda` for the first GPU, `cuda:N`, or `auto`: the first GPU if there is one.
         block_size: Tokens per block of the KV cache.
         num_blocks: Blocks in the KV cache; `None` derives it from `kv_cache_bytes`.
+        kv_cache_dtype: `fp8` keeps keys and values as float8 e4m3, by the checkpoint's scales where it has
+            any: half the memory of bfloat16, less accurate, and slow on a CPU, which has no kernel for it.
         kv_cache_bytes: Upper bound for the cache when `num_blocks` is `None`. A model so small that every
             running sequence at full length needs less gets less. `None` is 1 GiB on the CPU, and on a GPU
             what `gpu_memory_share` leaves.
@@ -58,6 +62,7 @@ class EngineConfig:
     device: str = "cpu"
     block_size: int = 16
     num_blocks: int | None = None
+    kv_cache_dtype: KVCacheDtype = "auto"
     kv_cache_bytes: int | None = None
     gpu_memory_share: float = 0.9
     tensor_parallel_size: int = 1
@@ -81,6 +86,11 @@ class EngineConfig:
         if self.dtype == "int8" and self.is_on_gpu:
             raise ConfigError("dtype", self.dtype, f"needs the device cpu, not {self.device}")
         _check_choice("kernels", self.kernels, get_args(Kernels))
+        _check_choice("kv_cache_dtype", self.kv_cache_dtype, get_args(KVCacheDtype))
+        if self.kv_cache_dtype == "fp8" and self.is_batch_invariant and self.device == "cpu":
+            raise ConfigError(
+                "kv_cache_dtype", "fp8", "must be auto with is_batch_invariant on the device cpu"
+            )
         for field in ("decode_graphs", "async_steps"):
             _check_choice(field, getattr(self, field), get_args(Switch))
         for field in ("block_size", "tensor_parallel_size", "max_num_sequences", "max_num_batched_tokens"):

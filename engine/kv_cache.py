@@ -47,8 +47,11 @@ class KVCache:
         # Zeros rather than empty: attention may multiply masked slots by zero, and zero times NaN is NaN. On
         # the CPU a block takes memory when it is first written to.
         zeros = LargePages().zeros if device.type == "cpu" else partial(torch.zeros, device=device)
+        # torch moves no float8 by index, but bytes.
+        moved = torch.uint8 if shape.dtype.itemsize == 1 else shape.dtype
+        self._moved = [(zeros(size, dtype=moved), zeros(size, dtype=moved)) for _ in range(shape.num_layers)]
         self.layers: list[tuple[Tensor, Tensor]] = [
-            (zeros(size, dtype=shape.dtype), zeros(size, dtype=shape.dtype)) for _ in range(shape.num_layers)
+            (keys.view(shape.dtype), values.view(shape.dtype)) for keys, values in self._moved
         ]
         self.num_blocks = num_blocks
         self.block_size = shape.block_size
@@ -60,6 +63,6 @@ class KVCache:
             return
         sources = to_device(np.array([copy.source for copy in copies]), self._device)
         targets = to_device(np.array([copy.target for copy in copies]), self._device)
-        for keys, values in self.layers:
+        for keys, values in self._moved:
             keys[targets] = keys[sources]
             values[targets] = values[sources]

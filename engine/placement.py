@@ -49,8 +49,13 @@ class Placement:
             num_kv_heads=model.num_kv_heads // config.tensor_parallel_size,
             head_dim=model.head_dim,
             block_size=config.block_size,
-            dtype=getattr(torch, config.activation_dtype),
+            dtype=torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else self._activation_dtype,
         )
+
+    @property
+    def _activation_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.config.activation_dtype)
+        return dtype
 
     def num_blocks_affordable(self) -> int:
         """Blocks to hand out, by the settings and what memory there is; on a GPU the largest step tells.
@@ -87,7 +92,7 @@ class Placement:
             ConfigError: bits that depend on no batch are asked for and attention has no kernel for that.
         """
         if self.config.is_batch_invariant and self.config.is_on_gpu:
-            check_invariant_attention(self.shape)
+            check_invariant_attention(self.shape, self._activation_dtype)
         with memory_for("cache", self.config.device):
             cache = KVCache(self.shape, num_blocks + self._num_spare_blocks(), self.device)
         if self.config.is_batch_invariant:
@@ -152,15 +157,17 @@ class Placement:
         return max(0, use.left_within(config.gpu_memory_share) - spare_bytes)
 
 
-def check_invariant_attention(shape: KVCacheShape) -> None:
+def check_invariant_attention(shape: KVCacheShape, dtype: torch.dtype) -> None:
     """Refuse what a GPU's kernel does not serve: in plain torch the bits of attention depend on the batch.
+
+    `dtype`: of queries.
 
     Raises:
         ConfigError: there is no such kernel.
     """
-    if not has_kernels(shape.dtype, shape.head_dim, shape.block_size):
+    if not has_kernels(dtype, shape.head_dim, shape.block_size):
         rule = "needs a kernel of paged_attention_decode on a GPU, and there is none for"
-        of = f"{shape.dtype}, heads of {shape.head_dim} and blocks of {shape.block_size} tokens"
+        of = f"{dtype}, heads of {shape.head_dim} and blocks of {shape.block_size} tokens"
         raise ConfigError("is_batch_invariant", True, f"{rule} {of}")
 
 

@@ -71,6 +71,7 @@ def engine_runtime(
         max_model_len=settings.max_model_len,
         max_num_sequences=settings.max_num_sequences,
         max_num_batched_tokens=max(settings.max_num_batched_tokens, settings.max_num_sequences),
+        kv_cache_dtype=settings.kv_cache_dtype,
         kv_cache_bytes=settings.kv_cache_bytes,
         gpu_memory_share=settings.gpu_memory_share,
         decode_graphs=settings.decode_graphs,

@@ -35,6 +35,8 @@ class WorkerSettings(BaseSettings):
     """Sequences that the engine runs at once."""
     max_num_batched_tokens: int = Field(default=2048, ge=1)
     """Tokens of one engine step, prefill and decode together."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """`fp8` keeps keys and values as float8 e4m3; `auto` as the model computes."""
     kv_cache_bytes: int | None = Field(default=None, ge=1 << 20)
     """Unset is 1 GiB on the CPU, and on a GPU what `gpu_memory_share` leaves."""
     gpu_memory_share: float = Field(default=0.9, gt=0, le=1, allow_inf_nan=False)

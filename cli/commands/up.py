@@ -89,6 +89,7 @@ def command(
     speculative_tokens: int | None,
     is_batch_invariant: bool,
     tensor_parallel_size: int | None,
+    kv_cache_dtype: str | None,
     state_dir: Path,
     grace_seconds: float,
     trace_viewer: bool,
@@ -120,6 +121,7 @@ def command(
         speculative_tokens,
         is_batch_invariant,
         tensor_parallel_size,
+        kv_cache_dtype,
     )
     stack_options = StackOptions(serve, host, port, num_workers, grace_seconds)
     with ExitStack() as exits:

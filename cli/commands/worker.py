@@ -41,6 +41,7 @@ def command(
     speculative_tokens: int | None,
     is_batch_invariant: bool,
     tensor_parallel_size: int | None,
+    kv_cache_dtype: str | None,
 ) -> None:
     """Run one worker: an ordinary Celery worker whose tasks feed one continuously batching engine.
 
@@ -59,6 +60,7 @@ def command(
         speculative_tokens,
         is_batch_invariant,
         tensor_parallel_size,
+        kv_cache_dtype,
     )
     environ = settings.with_project_importable(settings.environment(serve, os.environ))
     # Celery imports the app with its current folder first on the path, where another `workers` could lie.

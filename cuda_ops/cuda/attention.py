@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from ctypes import c_float, c_int, c_longlong
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from cuda_ops import reference
-from cuda_ops.cuda.elements import ELEMENTS, is_served, run_length
+from cuda_ops import reference, reference_eight_bits
+from cuda_ops.cuda.elements import ELEMENTS, OUTPUTS, is_cache_served, is_served, run_length
 from cuda_ops.cuda.launcher import Launcher, LaunchShape, Variant
 
 _HEAD_DIMS: Final = (64, 80, 96, 128, 256)
@@ -47,6 +47,8 @@ def paged_attention_decode(
     sliding_window: int | None,
     soft_cap: float | None,
     split_len: int | None,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> None:
     """As the op, and a context of 0 tokens, a row that fills up a batch of fixed size, gives zeros.
 
@@ -56,19 +58,11 @@ def paged_attention_decode(
     if num_sequences == 0:
         return
     if not _is_native(out, query, key_cache, value_cache, block_tables, context_lens):
-        reference.paged_attention_decode(
-            out,
-            query,
-            key_cache,
-            value_cache,
-            block_tables,
-            context_lens,
-            max_context_len,
-            scale,
-            sliding_window,
-            soft_cap,
-            split_len,
-        )
+        _decode_plainly(
+            key_cache.dtype, (key_scale, value_scale),
+            out, query, key_cache, value_cache, block_tables, context_lens,
+            max_context_len, scale, sliding_window, soft_cap, split_len,
+        )  # fmt: skip
         return
     num_kv_heads, block_size = key_cache.shape[1:3]
     group = num_heads // num_kv_heads
@@ -90,6 +84,7 @@ def paged_attention_decode(
     warps = 2 if head_dim > 128 else 4
     constants: dict[str, str | int] = {
         "ELEMENT": ELEMENTS[query.dtype],
+        "CACHE": OUTPUTS[key_cache.dtype],
         "HEAD_DIM": head_dim,
         "GROUP": group,
         "BLOCK_SIZE": block_size,
@@ -97,7 +92,7 @@ def paged_attention_decode(
         "STAGES": _STAGES,
         "SOFT_CAP": int(soft_cap is not None),
     }
-    shared = (_ROWS + warps * _STAGES * 2 * _TILE) * (head_dim + _PADDING) * _BYTES
+    shared = _ROWS * (head_dim + _PADDING) * _BYTES + warps * _stage_bytes(key_cache, _TILE)
     shared += warps * min(group, _ROWS) * 2 * 4
     launcher.launch(
         Variant.of("attention_decode", "decode", **constants),
@@ -107,7 +102,7 @@ def paged_attention_decode(
             c_longlong(out.stride(0)), c_longlong(out.stride(1)),
             c_longlong(query.stride(0)), c_longlong(query.stride(1)), c_longlong(block_tables.stride(0)),
             c_int(num_kv_heads), c_int(sliding_window or 0), c_int(split_tiles),
-            c_float(scale * math.log2(math.e)), c_float(soft_cap or 0.0),
+            c_float(scale * key_scale * math.log2(math.e)), c_float(value_scale), c_float(soft_cap or 0.0),
         ),
     )  # fmt: skip
     if is_split:
@@ -133,6 +128,8 @@ def paged_attention_prefill(
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> None:
     """As the op. Nothing is read on the host: blocks that turn out to have no queries end at once."""
     num_tokens, num_heads, head_dim = query.shape
@@ -141,7 +138,8 @@ def paged_attention_prefill(
         return
     is_native = _is_native(out, query, key_cache, value_cache, block_tables, context_lens)
     if not is_native or query_start.dtype != torch.int32 or not _stores_pairs(out):
-        reference.paged_attention_prefill(
+        _prefill_plainly(
+            key_cache.dtype, (key_scale, value_scale),
             out, query, key_cache, value_cache, query_start, context_lens, block_tables,
             scale, sliding_window, soft_cap,
         )  # fmt: skip
@@ -151,14 +149,14 @@ def paged_attention_prefill(
     queries = _PREFILL_WARPS * row_tiles * _ROWS
     variant = Variant.of(
         "attention_prefill", "prefill",
-        ELEMENT=ELEMENTS[query.dtype], HEAD_DIM=head_dim,
+        ELEMENT=ELEMENTS[query.dtype], CACHE=OUTPUTS[key_cache.dtype], HEAD_DIM=head_dim,
         GROUP=num_heads // num_kv_heads, BLOCK_SIZE=block_size,
         ROW_TILES=row_tiles, SOFT_CAP=int(soft_cap is not None),
         QUERY_RUN=run_length((query,), query.stride(0), query.stride(1)),
     )  # fmt: skip
     # Each sequence may leave one tile that is not full.
     num_tiles = num_tokens // queries + num_sequences
-    shared = (queries + _STAGES * 2 * _PREFILL_TOKENS) * (head_dim + _PADDING) * _BYTES
+    shared = queries * (head_dim + _PADDING) * _BYTES + _stage_bytes(key_cache, _PREFILL_TOKENS)
     launcher.launch(
         variant,
         LaunchShape((num_heads, num_tiles, 1), _PREFILL_WARPS * 32, shared),
@@ -167,9 +165,32 @@ def paged_attention_prefill(
             c_longlong(out.stride(0)), c_longlong(out.stride(1)),
             c_longlong(query.stride(0)), c_longlong(query.stride(1)), c_longlong(block_tables.stride(0)),
             c_int(num_sequences), c_int(num_kv_heads), c_int(sliding_window or 0),
-            c_float(scale * math.log2(math.e)), c_float(soft_cap or 0.0),
+            c_float(scale * key_scale * math.log2(math.e)), c_float(value_scale), c_float(soft_cap or 0.0),
         ),
     )  # fmt: skip
+
+
+def _decode_plainly(cached: torch.dtype, scales: tuple[float, float], *arguments: Any) -> None:
+    if cached == torch.float8_e4m3fn:
+        reference_eight_bits.paged_attention_decode_float8(*(*arguments, *scales))
+    else:
+        reference.paged_attention_decode(*arguments)
+
+
+def _prefill_plainly(cached: torch.dtype, scales: tuple[float, float], *arguments: Any) -> None:
+    if cached == torch.float8_e4m3fn:
+        reference_eight_bits.paged_attention_prefill_float8(*(*arguments, *scales))
+    else:
+        reference.paged_attention_prefill(*arguments)
+
+
+def _stage_bytes(key_cache: Tensor, num_tokens: int) -> int:
+    """Of tiles of keys and values on their way, and where these are float8 of the one that is attended to."""
+    head_dim = key_cache.shape[3]
+    widened = 2 * num_tokens * (head_dim + _PADDING) * _BYTES
+    if key_cache.dtype != torch.float8_e4m3fn:
+        return _STAGES * widened
+    return _STAGES * 2 * num_tokens * head_dim + widened
 
 
 def _stores_pairs(out: Tensor) -> bool:
@@ -187,7 +208,8 @@ def _is_native(
     block_size, head_dim = key_cache.shape[2:]
     return (
         has_kernels(query.dtype, head_dim, block_size)
-        and is_served(out, query, key_cache, value_cache)
+        and is_served(out, query)
+        and is_cache_served(query.dtype, key_cache, value_cache)
         and key_cache.is_contiguous()
         and value_cache.is_contiguous()
         and (key_cache.data_ptr() | value_cache.data_ptr()) % _COPY_BYTES == 0

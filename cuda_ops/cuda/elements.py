@@ -32,6 +32,13 @@ def is_served(*tensors: Tensor | None) -> bool:
     return dtype in ELEMENTS and all(tensor.dtype == dtype and tensor.stride(-1) == 1 for tensor in present)
 
 
+def is_cache_served(dtype: torch.dtype, *caches: Tensor) -> bool:
+    """Whether heads of `dtype` can go into these caches: of that dtype, or of float8."""
+    return all(cache.dtype in (dtype, torch.float8_e4m3fn) for cache in caches) and (
+        caches[0].dtype == caches[-1].dtype
+    )
+
+
 def run_length(tensors: tuple[Tensor, ...], *lengths: int) -> int:
     """Return how many elements one load may move: 16 bytes' worth where all is so aligned, or one.
 

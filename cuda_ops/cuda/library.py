@@ -21,14 +21,18 @@ OPS: Final[Mapping[str, Callable[..., Any]]] = {
     "layer_norm": rows.layer_norm,
     "layer_norm_quantised": rows.layer_norm_quantised,
     "paged_attention_decode": attention.paged_attention_decode,
+    "paged_attention_decode_float8": attention.paged_attention_decode,
     "paged_attention_prefill": attention.paged_attention_prefill,
+    "paged_attention_prefill_float8": attention.paged_attention_prefill,
     "rms_norm": rows.rms_norm,
     "rms_norm_quantised": rows.rms_norm_quantised,
     "rotary_embedding": rows.rotary_embedding,
     "rotary_write_kv": rows.rotary_write_kv,
+    "rotary_write_kv_float8": rows.rotary_write_kv,
     "sample_tokens": sampling.sample_tokens,
     "silu_and_mul": rows.silu_and_mul,
     "write_kv": rows.write_kv,
+    "write_kv_float8": rows.write_kv,
 }
 """By name; each takes a launcher before the op's own arguments."""
 

@@ -11,8 +11,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from cuda_ops import reference
-from cuda_ops.cuda.elements import ELEMENTS, OUTPUTS, is_served, run_length
+from cuda_ops import reference, reference_eight_bits
+from cuda_ops.cuda.elements import ELEMENTS, OUTPUTS, is_cache_served, is_served, run_length
 from cuda_ops.cuda.launcher import Launcher, LaunchShape, Variant
 
 _WARP: Final = 32
@@ -64,7 +64,7 @@ def rms_norm_quantised(
     launcher: Launcher, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     if not _fits_norm(x, weight):
-        return reference.rms_norm_quantised(x, weight, eps, dtype)
+        return reference_eight_bits.rms_norm_quantised(x, weight, eps, dtype)
     return _quantised_norm(launcher, x, None, weight, None, eps, dtype, is_centred=False)
 
 
@@ -72,7 +72,7 @@ def add_rms_norm_quantised(
     launcher: Launcher, x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     if not _fits_norm(x, residual, weight):
-        return reference.add_rms_norm_quantised(x, residual, weight, eps, dtype)
+        return reference_eight_bits.add_rms_norm_quantised(x, residual, weight, eps, dtype)
     return _quantised_norm(launcher, x, residual, weight, None, eps, dtype, is_centred=False)
 
 
@@ -85,7 +85,7 @@ def layer_norm_quantised(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     if not _fits_norm(x, weight, bias):
-        return reference.layer_norm_quantised(x, weight, bias, eps, dtype)
+        return reference_eight_bits.layer_norm_quantised(x, weight, bias, eps, dtype)
     return _quantised_norm(launcher, x, None, weight, bias, eps, dtype, is_centred=True)
 
 
@@ -99,7 +99,7 @@ def add_layer_norm_quantised(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     if not _fits_norm(x, residual, weight, bias):
-        return reference.add_layer_norm_quantised(x, residual, weight, bias, eps, dtype)
+        return reference_eight_bits.add_layer_norm_quantised(x, residual, weight, bias, eps, dtype)
     return _quantised_norm(launcher, x, residual, weight, bias, eps, dtype, is_centred=True)
 
 
@@ -132,24 +132,34 @@ def write_kv(
     key_cache: Tensor,
     value_cache: Tensor,
     slot_mapping: Tensor,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> None:
     """As the op, and rows with a negative slot, which fill up a batch of fixed size, are not stored."""
     if key.numel() == 0:
         return
-    is_native = is_served(key, value, key_cache, value_cache) and slot_mapping.is_contiguous()
-    if not is_native or slot_mapping.dtype != torch.int64:
-        reference.write_kv(key, value, key_cache, value_cache, slot_mapping)
+    if not _fits_cache(slot_mapping, key_cache, value_cache, key, value):
+        if key_cache.dtype == torch.float8_e4m3fn:
+            reference_eight_bits.write_kv_float8(
+                key, value, key_cache, value_cache, slot_mapping, key_scale, value_scale
+            )
+        else:
+            reference.write_kv(key, value, key_cache, value_cache, slot_mapping)
         return
     num_kv_heads, block_size, head_dim = key_cache.shape[1:]
     strides = (key.stride(0), key.stride(1), value.stride(0), value.stride(1))
     count = run_length((key, value, key_cache, value_cache), head_dim, *strides)
-    variant = Variant.of("kv_cache", "write_kv", ELEMENT=ELEMENTS[key.dtype], COUNT=count, THREADS=_THREADS)
+    variant = Variant.of(
+        "kv_cache", "write_kv",
+        ELEMENT=ELEMENTS[key.dtype], CACHE=OUTPUTS[key_cache.dtype], COUNT=count, THREADS=_THREADS,
+    )  # fmt: skip
     launcher.launch(
         variant,
         LaunchShape((len(key), 1, 1), _THREADS),
         (
             key, value, key_cache, value_cache, slot_mapping, *map(c_longlong, strides),
             c_int(num_kv_heads), c_int(block_size), c_int(head_dim),
+            c_float(key_scale), c_float(value_scale),
         ),
     )  # fmt: skip
 
@@ -166,16 +176,21 @@ def rotary_write_kv(
     key_cache: Tensor,
     value_cache: Tensor,
     slot_mapping: Tensor,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> None:
     """As the op, and keys and values of rows with a negative slot are not stored."""
     if query.numel() == 0:
         return
     weights = tuple(weight for weight in (query_weight, key_weight) if weight is not None)
     caches = (key_cache, value_cache)
-    if not _fits_rotary_write(cos_sin, slot_mapping, query, key, value, *caches, *weights):
-        reference.rotary_write_kv(
-            query, key, value, cos_sin, query_weight, key_weight, eps, *caches, slot_mapping
-        )
+    heads = (query, key, value, *weights)
+    if not _fits_cache(slot_mapping, *caches, *heads) or not _fits_rotation(cos_sin, query):
+        arguments = (query, key, value, cos_sin, query_weight, key_weight, eps, *caches, slot_mapping)
+        if key_cache.dtype == torch.float8_e4m3fn:
+            reference_eight_bits.rotary_write_kv_float8(*arguments, key_scale, value_scale)
+        else:
+            reference.rotary_write_kv(*arguments)
         return
     num_kv_heads, block_size, head_dim = key_cache.shape[1:]
     half, num_heads = cos_sin.shape[1] // 2, query.shape[1] + 2 * num_kv_heads
@@ -184,7 +199,8 @@ def rotary_write_kv(
     lanes = _lanes_of_head(max(half, head_dim - 2 * half) // count)
     variant = Variant.of(
         "rotary_write", "rotary_write_kv",
-        ELEMENT=ELEMENTS[query.dtype], COUNT=count, THREADS=_THREADS, LANES=lanes,
+        ELEMENT=ELEMENTS[query.dtype], CACHE=OUTPUTS[key_cache.dtype],
+        COUNT=count, THREADS=_THREADS, LANES=lanes,
         HEAD_DIM=head_dim, HALF=half, NORMS=int(bool(weights)),
         ANGLE_COUNT=min(count, run_length((cos_sin,), half, cos_sin.stride(0))),
     )  # fmt: skip
@@ -194,20 +210,22 @@ def rotary_write_kv(
         (
             query, key, value, cos_sin, query_weight, key_weight, key_cache, value_cache, slot_mapping,
             *map(c_longlong, strides), c_longlong(cos_sin.stride(0)), c_int(query.shape[1]),
-            c_int(num_kv_heads), c_int(block_size), c_float(eps),
+            c_int(num_kv_heads), c_int(block_size), c_float(eps), c_float(key_scale), c_float(value_scale),
         ),
     )  # fmt: skip
 
 
-def _fits_rotary_write(cos_sin: Tensor, slot_mapping: Tensor, *heads: Tensor) -> bool:
+def _fits_cache(slot_mapping: Tensor, key_cache: Tensor, value_cache: Tensor, *heads: Tensor) -> bool:
     return (
         is_served(*heads)
-        and heads[0].shape[-1] <= _MAX_HEAD_DIM
-        and cos_sin.dtype == torch.float32
-        and cos_sin.stride(-1) == 1
+        and is_cache_served(heads[0].dtype, key_cache, value_cache)
         and slot_mapping.dtype == torch.int64
         and slot_mapping.is_contiguous()
     )
+
+
+def _fits_rotation(cos_sin: Tensor, query: Tensor) -> bool:
+    return query.shape[-1] <= _MAX_HEAD_DIM and cos_sin.dtype == torch.float32 and cos_sin.stride(-1) == 1
 
 
 def _lanes_of_head(runs: int) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import cuda_ops
 from engine.attention import AttentionMetadata, HeadNorms, PagedAttention
+from engine.cache_scales import take_cache_scales
 from engine.checkpoint import Checkpoint
 from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
@@ -135,7 +136,8 @@ class Gemma3Layer:
         self._heads = [checkpoint.shard.part_of(count) for count in heads]
         self._head_dim = head_dim
         window = config.sliding_window if self.kind == "sliding_attention" else None
-        self._attention = PagedAttention(config.attention_scale, window)
+        scales = take_cache_scales(checkpoint, f"{name}.self_attn")
+        self._attention = PagedAttention(config.attention_scale, window, scales)
         self._qkv = Linear.load_fused(
             checkpoint,
             [

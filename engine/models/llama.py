@@ -17,6 +17,7 @@ from torch import Tensor
 
 import cuda_ops
 from engine.attention import AttentionMetadata, HeadNorms, PagedAttention
+from engine.cache_scales import take_cache_scales
 from engine.checkpoint import Checkpoint
 from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
@@ -139,7 +140,8 @@ class LlamaLayer:
         heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         self._heads = [checkpoint.shard.part_of(count) for count in heads]
         self._head_dim = head_dim
-        self._attention = PagedAttention(head_dim**-0.5, config.sliding_windows[index])
+        scales = take_cache_scales(checkpoint, f"{name}.self_attn")
+        self._attention = PagedAttention(head_dim**-0.5, config.sliding_windows[index], scales)
         self._qkv = Linear.load_fused(
             checkpoint,
             [

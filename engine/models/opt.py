@@ -15,6 +15,7 @@ from torch import Tensor
 
 import cuda_ops
 from engine.attention import AttentionMetadata, PagedAttention
+from engine.cache_scales import take_cache_scales
 from engine.checkpoint import Checkpoint
 from engine.layers.linear import Linear
 from engine.layers.norm import LayerNorm
@@ -85,8 +86,9 @@ class OPTLayer:
         self._num_heads = checkpoint.shard.part_of(config.num_heads)
         self._is_pre_norm = config.is_pre_norm
         self._activation = config.activation
-        self._attention = PagedAttention(scale=config.head_dim**-0.5)
         attention = f"{name}.self_attn"
+        scales = take_cache_scales(checkpoint, attention)
+        self._attention = PagedAttention(config.head_dim**-0.5, cache_scales=scales)
         self._qkv = Linear.load_fused(
             checkpoint,
             [(f"{attention}.{part}_proj", size) for part in "qkv"],

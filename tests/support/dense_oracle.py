@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class PagedCase:
     context_lens: Tensor
     block_tables: Tensor
     query_lens: tuple[int, ...]
+    scales: tuple[float, float] = (1.0, 1.0)
 
     @property
     def scale(self) -> float:
@@ -75,6 +76,15 @@ def make_case(
     )
 
 
+def in_float8(case: PagedCase, scales: tuple[float, float]) -> PagedCase:
+    """The same case with its cache rounded to float8 numbers that stand for `scales` each; NaN stays NaN."""
+    caches = [
+        (cache.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        for cache, scale in zip((case.key_cache, case.value_cache), scales, strict=True)
+    ]
+    return replace(case, key_cache=caches[0], value_cache=caches[1], scales=scales)
+
+
 def attend_densely(case: PagedCase, sliding_window: int | None, soft_cap: float | None = None) -> Tensor:
     """Return what attention means, `[num_tokens, num_heads, head_dim]` float64."""
     block_size = case.key_cache.shape[2]
@@ -84,8 +94,8 @@ def attend_densely(case: PagedCase, sliding_window: int | None, soft_cap: float 
         context = int(case.context_lens[index])
         places = [(int(case.block_tables[index, p // block_size]), p % block_size) for p in range(context)]
         keys, values = (
-            torch.stack([cache[block, :, offset] for block, offset in places]).double()
-            for cache in (case.key_cache, case.value_cache)
+            torch.stack([cache[block, :, offset].double() for block, offset in places]) * scale
+            for cache, scale in zip((case.key_cache, case.value_cache), case.scales, strict=True)
         )
         start = int(case.query_start[index])
         for step in range(query_len):
@@ -114,7 +124,8 @@ def attention_tolerance(case: PagedCase) -> float:
     """
     wide = ROUNDOFF[torch.float32]
     longest = case.max_context_len
-    visible = case.value_cache.abs()[case.value_cache.abs() < 100].max()
+    values = case.value_cache.float().abs() * case.scales[1]
+    visible = values[values < 100].max()
     score = float(case.query.float().norm(dim=-1).max()) * 6.0
     relative = 2 * ROUNDOFF[case.query.dtype] + wide * (longest + 2 * case.query.shape[2] * score)
     return float(visible) * relative

@@ -51,6 +51,7 @@ def calls_of_models(dtype: torch.dtype = torch.bfloat16) -> Iterator[Call]:
         yield from attention_calls(model, dtype)
         if model.name in _QUANTISED:
             yield from quantised_calls(model, 2, dtype)
+        yield from float8_calls(model, 2, dtype)
     yield from sampling_calls()
 
 
@@ -88,6 +89,18 @@ def quantised_calls(model: ModelShape, num_tokens: int, dtype: torch.dtype) -> I
         yield "add_rms_norm_quantised", (hidden, residual.clone(), weight, EPS, quantised)
         yield "layer_norm_quantised", (hidden, weight, weight, EPS, quantised)
         yield "add_layer_norm_quantised", (hidden, residual.clone(), weight, weight, EPS, quantised)
+
+
+def float8_calls(model: ModelShape, num_tokens: int, dtype: torch.dtype) -> Iterator[Call]:
+    """What reads or writes the cache, where that is float8, with the last of calls of a name alone."""
+    for op, arguments in dict((*row_calls(model, num_tokens, dtype), *attention_calls(model, dtype))).items():
+        if "kv" in op or "attention" in op:
+            caches = [part.to(torch.float8_e4m3fn) if _is_cache(part) else part for part in arguments]
+            yield f"{op}_float8", (*caches, 0.5, 2.0)
+
+
+def _is_cache(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.dim() == 4
 
 
 def sampling_calls() -> Iterator[Call]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,16 +25,22 @@ class RotaryWriteCase:
     key_cache: Tensor
     value_cache: Tensor
     slots: Tensor
+    scales: tuple[float, float] = (1.0, 1.0)
+
+    def in_float8(self, scales: tuple[float, float]) -> RotaryWriteCase:
+        """The same case with a cache of float8 numbers that stand for `scales` each."""
+        caches = [cache.to(torch.float8_e4m3fn) for cache in (self.key_cache, self.value_cache)]
+        return replace(self, key_cache=caches[0], value_cache=caches[1], scales=scales)
 
     def run(self) -> None:
         cuda_ops.rotary_write_kv(
             self.query, self.key, self.value, self.cos_sin, self.key_cache, self.value_cache, self.slots,
-            query_weight=self.weights[0], key_weight=self.weights[1], eps=EPS,
+            query_weight=self.weights[0], key_weight=self.weights[1], eps=EPS, scales=self.scales,
         )  # fmt: skip
 
     def expected(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and both caches afterwards, in float64; negative slots are not stored."""
-        caches = self.key_cache.double(), self.value_cache.double()
+        """Queries and what both caches stand for afterwards, in float64; negative slots are not stored."""
+        caches = self.key_cache.double() * self.scales[0], self.value_cache.double() * self.scales[1]
         keys = turned(self.key, self.weights[1], self.cos_sin)
         block_size = self.key_cache.shape[2]
         for token, slot in enumerate(self.slots.tolist()):

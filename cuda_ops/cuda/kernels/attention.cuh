@@ -4,11 +4,38 @@
 // eight rows that ldmatrix takes at once lie in different banks. With g = lane / 4 and t = lane % 4, a lane has rows g
 // and g + 8 of each 16 rows of scores, at columns 2t and 2t + 1 of every eight.
 #pragma once
-#include <element.cuh>
+#include <quantised.cuh>
+
+using Stored = ELEMENT::Stored;
+using Cached = CACHE::Stored;
 
 constexpr int kPadding = 8;
 constexpr int kRows = 16;
 constexpr float kHidden = -1e30f;  // a score that weighs nothing; finite, so that differences are no NaN
+
+constexpr bool kIsFloat8 = CACHE::kLargest > 0.0f;
+constexpr int kRow = HEAD_DIM + kPadding;
+constexpr int kCachedRow = kIsFloat8 ? HEAD_DIM : kRow;  // of keys and values as they are loaded
+constexpr int kCopied = 16 / static_cast<int>(sizeof(Cached));  // elements of one asynchronous copy
+
+// Rows of float8 as numbers that the tensor cores take, eight at a time: [num_rows, HEAD_DIM] to [num_rows, kRow]. What
+// one of them stands for is multiplied with scores and results.
+__device__ __forceinline__ void widen_rows(Stored* to, const Cached* from, int num_rows, int thread, int num_threads) {
+  struct alignas(8) Codes {
+    unsigned words[2];
+  };
+  struct alignas(16) Numbers {
+    unsigned pairs[4];
+  };
+  for (int i = thread; i < num_rows * (HEAD_DIM / 8); i += num_threads) {
+    const int row = i / (HEAD_DIM / 8), column = i % (HEAD_DIM / 8) * 8;
+    const Codes codes = *reinterpret_cast<const Codes*>(from + row * HEAD_DIM + column);
+    Numbers numbers;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) numbers.pairs[k] = unpack_e4m3<ELEMENT>(codes.words[k / 2] >> k % 2 * 16 & 0xffffu);
+    *reinterpret_cast<Numbers*>(to + row * kRow + column) = numbers;
+  }
+}
 
 // From the product of a query and a key to a score, in powers of two: scaled and, with SOFT_CAP, bent towards a largest
 // one by tanh(y) = 1 - 2 / (1 + e^2y).

@@ -17,10 +17,12 @@
 // Limits: 16-bit elements, BLOCK_SIZE a multiple of 16, HEAD_DIM one of 16. Not measured on a GPU yet.
 #include <attention.cuh>
 
-using Stored = ELEMENT::Stored;
-
 constexpr int kTile = 16;
-constexpr int kRow = HEAD_DIM + kPadding;
+constexpr int kStage = 2 * kTile * kCachedRow;  // elements: keys and values of a tile as they are loaded
+constexpr int kRuns = kTile * HEAD_DIM / kCopied;
+// Of a warp: its stages, and with a CACHE of float8 the tile that it attends to.
+constexpr int kWarpBytes = STAGES * kStage * static_cast<int>(sizeof(Cached)) +
+                           (kIsFloat8 ? 2 * kTile * kRow * static_cast<int>(sizeof(Stored)) : 0);
 constexpr int kPart = GROUP < kRows ? GROUP : kRows;  // query heads of a block
 constexpr int kParts = (GROUP + kRows - 1) / kRows;
 constexpr int kMinTiles = 16;  // of a split: 256 tokens, so that merging stays small
@@ -44,10 +46,10 @@ __device__ __forceinline__ int first_visible(int context_len, int window) {
 
 // One warp's tiles, on their way from the cache through shared memory.
 struct Pipeline {
-  const Stored *keys, *values;  // of the kv head in block 0
+  const Cached *keys, *values;  // of the kv head in block 0
   const int* table;
   long long page_stride;  // elements of a block of the cache
-  Stored* stages;         // [STAGES, keys and values, kTile, kRow]
+  Cached* stages;         // [STAGES, keys and values, kTile, kCachedRow]
   int first, past, context_len, lane;
   int pages;  // lane l: of the warp's tile l, l + 32, ...
 
@@ -61,13 +63,14 @@ struct Pipeline {
       }
       const int page = __shfl_sync(0xffffffffu, pages, turn % 32);
       const long long start = page * page_stride + tile * kTile % BLOCK_SIZE * HEAD_DIM;
-      Stored* stage = stages + turn % STAGES * (2 * kTile * kRow);
+      Cached* stage = stages + turn % STAGES * kStage;
 #pragma unroll
-      for (int i = 0; i < HEAD_DIM / 16; ++i) {
-        const int run = i * 32 + lane, row = run / (HEAD_DIM / 8), column = run % (HEAD_DIM / 8) * 8;
+      for (int i = 0; i < (kRuns + 31) / 32; ++i) {
+        const int run = i * 32 + lane, row = run / (HEAD_DIM / kCopied), column = run % (HEAD_DIM / kCopied) * kCopied;
+        if (kRuns % 32 != 0 && run >= kRuns) continue;
         const bool is_context = tile * kTile + row < context_len;
-        cp_async_16(stage + row * kRow + column, keys + start + run * 8, is_context);
-        cp_async_16(stage + (kTile + row) * kRow + column, values + start + run * 8, is_context);
+        cp_async_16(stage + row * kCachedRow + column, keys + start + run * kCopied, is_context);
+        cp_async_16(stage + (kTile + row) * kCachedRow + column, values + start + run * kCopied, is_context);
       }
     }
     cp_async_commit();
@@ -103,15 +106,16 @@ __device__ __forceinline__ void leave(const AttendedRows<ELEMENT, HEAD_DIM, kTil
 // BLOCK_SIZE, HEAD_DIM], contiguous.  tables: [num_sequences, ...], rows table_stride apart.  context_lens:
 // [num_sequences]; 0 marks a row that fills up a batch and gives zeros.  partial: [num_sequences, heads, splits,
 // HEAD_DIM] and scales: [num_sequences, heads, splits] (log2 of the sum of weights); both null with one split.
-// scale: of scores, times log2(e).  window: tokens that are seen, 0 for all.  split_tiles: as in span_of.  soft_cap: of
+// scale: of scores, times log2(e) and, with a CACHE of float8, times what one of its keys stands for; value_scale: what
+// one of its values does, else 1.  window: tokens that are seen, 0 for all.  split_tiles: as in span_of.  soft_cap: of
 // scaled scores, read with SOFT_CAP alone.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
     decode(Stored* __restrict__ out, float* __restrict__ partial, float* __restrict__ scales,
-           const Stored* __restrict__ query, const Stored* __restrict__ key_cache,
-           const Stored* __restrict__ value_cache, const int* __restrict__ tables, const int* __restrict__ context_lens,
+           const Stored* __restrict__ query, const Cached* __restrict__ key_cache,
+           const Cached* __restrict__ value_cache, const int* __restrict__ tables, const int* __restrict__ context_lens,
            long long out_stride, long long out_head_stride, long long query_stride, long long query_head_stride,
            long long table_stride, int num_kv_heads, int window, int split_tiles, float scale,
-           float soft_cap) {
+           float value_scale, float soft_cap) {
   const int sequence = blockIdx.z, kv_head = blockIdx.y / kParts, first_row = blockIdx.y % kParts * kRows;
   const int context_len = context_lens[sequence], first_token = first_visible(context_len, window);
   const Span span = span_of(blockIdx.x, gridDim.x, split_tiles, context_len, first_token);
@@ -119,8 +123,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   Stored* queries = reinterpret_cast<Stored*>(dynamic_shared());
-  Stored* stages = queries + kRows * kRow + warp * (STAGES * 2 * kTile * kRow);
-  float* states = reinterpret_cast<float*>(queries + kRows * kRow + WARPS * (STAGES * 2 * kTile * kRow));
+  unsigned char* of_warps = reinterpret_cast<unsigned char*>(queries + kRows * kRow);
+  Cached* stages = reinterpret_cast<Cached*>(of_warps + warp * kWarpBytes);
+  Stored* widened = reinterpret_cast<Stored*>(stages + STAGES * kStage);  // [keys and values, kTile, kRow]
+  float* states = reinterpret_cast<float*>(of_warps + WARPS * kWarpBytes);
   const long long head_start = static_cast<long long>(kv_head) * BLOCK_SIZE * HEAD_DIM;
   Pipeline pipeline{key_cache + head_start, value_cache + head_start, tables + sequence * table_stride,
                     static_cast<long long>(num_kv_heads) * BLOCK_SIZE * HEAD_DIM, stages, span.first + warp,
@@ -144,8 +150,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     pipeline.fetch(turn + STAGES - 1);
     cp_async_wait<STAGES - 1>();
     __syncwarp();
-    const Stored* stage = stages + turn % STAGES * (2 * kTile * kRow);
-    rows.attend(query_rows, stage, stage + kTile * kRow, lane, Scoring{scale, soft_cap}, [&](int, int token) {
+    const Cached* stage = stages + turn % STAGES * kStage;
+    if constexpr (kIsFloat8) {
+      widen_rows(widened, stage, 2 * kTile, lane, 32);
+      __syncwarp();
+    }
+    const Stored* ready = kIsFloat8 ? widened : reinterpret_cast<const Stored*>(stage);
+    rows.attend(query_rows, ready, ready + kTile * kRow, lane, Scoring{scale, soft_cap}, [&](int, int token) {
       const int place = tile * kTile + token;
       return place >= first_token && place < context_len;
     });
@@ -165,11 +176,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) {
       const float weight = fast_exp2(states[(w * kPart + row) * 2] - largest);
-      const Stored* other = queries + kRows * kRow + w * (STAGES * 2 * kTile * kRow);
+      const float* other = reinterpret_cast<const float*>(of_warps + w * kWarpBytes);
       sum += weight * states[(w * kPart + row) * 2 + 1];
-      output += weight * reinterpret_cast<const float*>(other)[row * HEAD_DIM + column];
+      output += weight * other[row * HEAD_DIM + column];
     }
-    output = sum > 0.0f ? output / sum : 0.0f;
+    output = sum == 0.0f ? 0.0f : output / sum * value_scale;  // a NaN stays one
     if (span.is_alone) {
       out[sequence * out_stride + (first_head + row) * out_head_stride + column] = ELEMENT::round(output);
     } else {

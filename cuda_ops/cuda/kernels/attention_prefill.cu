@@ -12,11 +12,9 @@
 // Limits: mma.sync, which on Hopper reaches about 60 % of what wgmma does. Not measured on a GPU yet.
 #include <attention.cuh>
 
-using Stored = ELEMENT::Stored;
-
 constexpr int kTokens = 32;
 constexpr int kWarps = 4;
-constexpr int kRow = HEAD_DIM + kPadding;
+constexpr int kStage = 2 * kTokens * kCachedRow;  // elements: keys and values of a tile as they are loaded
 constexpr int kQueries = kWarps * ROW_TILES * kRows;
 
 struct Place {
@@ -47,30 +45,31 @@ __device__ __forceinline__ bool find_place(Place& place, const int* query_start,
 }
 
 // Starts to load a tile of keys and values; slots past the context become zeros.
-__device__ __forceinline__ void fetch(Stored* stage, const Stored* keys, const Stored* values, const int* table,
+__device__ __forceinline__ void fetch(Cached* stage, const Cached* keys, const Cached* values, const int* table,
                                       long long page_stride, int tile, int context_len) {
 #pragma unroll
-  for (int run = threadIdx.x; run < kTokens * HEAD_DIM / 8; run += kWarps * 32) {
-    const int row = run / (HEAD_DIM / 8), column = run % (HEAD_DIM / 8) * 8;
+  for (int run = threadIdx.x; run < kTokens * HEAD_DIM / kCopied; run += kWarps * 32) {
+    const int row = run / (HEAD_DIM / kCopied), column = run % (HEAD_DIM / kCopied) * kCopied;
     const int token = tile * kTokens + row;
     const bool is_context = token < context_len;
     const long long start =
         is_context ? table[token / BLOCK_SIZE] * page_stride + token % BLOCK_SIZE * HEAD_DIM + column : column;
-    cp_async_16(stage + row * kRow + column, keys + start, is_context);
-    cp_async_16(stage + (kTokens + row) * kRow + column, values + start, is_context);
+    cp_async_16(stage + row * kCachedRow + column, keys + start, is_context);
+    cp_async_16(stage + (kTokens + row) * kCachedRow + column, values + start, is_context);
   }
 }
 
 // out, query: [num_tokens, num_kv_heads * GROUP, HEAD_DIM] by their strides.  caches: [num_blocks, num_kv_heads,
 // BLOCK_SIZE, HEAD_DIM], contiguous.  query_start: [num_sequences + 1].  context_lens: [num_sequences].  tables:
-// [num_sequences, ...], rows table_stride apart.  scale: of scores, times log2(e).  window: tokens seen, 0 for all.
+// [num_sequences, ...], rows table_stride apart.  scale, value_scale: as in `decode`.  window: tokens seen, 0 for all.
 // soft_cap: of scaled scores, read with SOFT_CAP alone.  QUERY_RUN divides the strides of query.
 extern "C" __global__ void __launch_bounds__(kWarps * 32)
-    prefill(Stored* __restrict__ out, const Stored* __restrict__ query, const Stored* __restrict__ key_cache,
-            const Stored* __restrict__ value_cache, const int* __restrict__ query_start,
+    prefill(Stored* __restrict__ out, const Stored* __restrict__ query, const Cached* __restrict__ key_cache,
+            const Cached* __restrict__ value_cache, const int* __restrict__ query_start,
             const int* __restrict__ context_lens, const int* __restrict__ tables, long long out_stride,
             long long out_head_stride, long long query_stride, long long query_head_stride, long long table_stride,
-            int num_sequences, int num_kv_heads, int window, float scale, float soft_cap) {
+            int num_sequences, int num_kv_heads, int window, float scale, float value_scale,
+            float soft_cap) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.x;
   Place place;
   if (!find_place(place, query_start, num_sequences, blockIdx.y, lane)) return;
@@ -80,7 +79,8 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32)
   const int position = context_len - num_rows;  // of the block's first row
 
   Stored* queries = reinterpret_cast<Stored*>(dynamic_shared());
-  Stored* stages = queries + kQueries * kRow;
+  Cached* stages = reinterpret_cast<Cached*>(queries + kQueries * kRow);
+  Stored* widened = reinterpret_cast<Stored*>(stages + 2 * kStage);  // with a CACHE of float8: the tile of this turn
   using Elements = Run<ELEMENT, QUERY_RUN>;
   for (int i = threadIdx.x; i < kQueries * HEAD_DIM / QUERY_RUN; i += kWarps * 32) {
     const int row = i / (HEAD_DIM / QUERY_RUN), column = i % (HEAD_DIM / QUERY_RUN) * QUERY_RUN;
@@ -93,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32)
 
   const long long page_stride = static_cast<long long>(num_kv_heads) * BLOCK_SIZE * HEAD_DIM;
   const long long head_start = static_cast<long long>(head / GROUP) * BLOCK_SIZE * HEAD_DIM;
-  const Stored *keys = key_cache + head_start, *values = value_cache + head_start;
+  const Cached *keys = key_cache + head_start, *values = value_cache + head_start;
   const int* table = tables + place.sequence * table_stride;
   const int first_tile = window > 0 ? max(0, position - window + 1) / kTokens : 0;
   const int past_tile = (min(context_len, position + kQueries) + kTokens - 1) / kTokens;
@@ -108,18 +108,23 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32)
   const int my_position = position + warp * ROW_TILES * kRows;
   for (int tile = first_tile; tile < past_tile; ++tile) {
     if (tile + 1 < past_tile) {
-      Stored* next = stages + (tile + 1 - first_tile) % 2 * (2 * kTokens * kRow);
+      Cached* next = stages + (tile + 1 - first_tile) % 2 * kStage;
       fetch(next, keys, values, table, page_stride, tile + 1, context_len);
     }
     cp_async_commit();
     cp_async_wait<1>();
     __syncthreads();
-    const Stored* stage = stages + (tile - first_tile) % 2 * (2 * kTokens * kRow);
+    const Cached* stage = stages + (tile - first_tile) % 2 * kStage;
+    if constexpr (kIsFloat8) {
+      widen_rows(widened, stage, 2 * kTokens, threadIdx.x, kWarps * 32);
+      __syncthreads();
+    }
+    const Stored* ready = kIsFloat8 ? widened : reinterpret_cast<const Stored*>(stage);
     const int first = tile * kTokens;
     // The same for all rows of the warp: most tiles lie wholly in what each of them sees.
     const bool is_inner = first + kTokens <= my_position + 1 &&
                           (window == 0 || first > my_position + ROW_TILES * kRows - 1 - window);
-    rows.attend(query_rows, stage, stage + kTokens * kRow, lane, Scoring{scale, soft_cap}, [&](int row, int token) {
+    rows.attend(query_rows, ready, ready + kTokens * kRow, lane, Scoring{scale, soft_cap}, [&](int row, int token) {
       const int behind = my_position + row - (first + token);
       return is_inner || (behind >= 0 && (window == 0 || behind < window));
     });
@@ -134,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32)
       const int row = (warp * ROW_TILES + m) * kRows + lane / 4 + half * 8;
       if (row < num_rows) {
         Stored* target = out + (first_token + row) * out_stride + head * out_head_stride + lane % 4 * 2;
-        const float factor = 1.0f / rows.sum[m][half];
+        const float factor = value_scale / rows.sum[m][half];
 #pragma unroll
         for (int n = 0; n < HEAD_DIM / 8; ++n)
           *reinterpret_cast<unsigned*>(target + n * 8) =

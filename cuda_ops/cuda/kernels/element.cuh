@@ -20,6 +20,10 @@ struct BFloat16 {
     return static_cast<Stored>(pack_bf16(wide, 0.0f));
   }
   static __device__ __forceinline__ unsigned pack(float low, float high) { return pack_bf16(low, high); }
+  static __device__ __forceinline__ unsigned from_halves(unsigned halves) {
+    return pack_bf16(fp16_to_float(static_cast<unsigned short>(halves)),
+                     fp16_to_float(static_cast<unsigned short>(halves >> 16)));
+  }
   static __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     mma_bf16(d, a, b0, b1);
   }
@@ -33,6 +37,7 @@ struct Float16 {
     return static_cast<Stored>(pack_fp16(wide, 0.0f));
   }
   static __device__ __forceinline__ unsigned pack(float low, float high) { return pack_fp16(low, high); }
+  static __device__ __forceinline__ unsigned from_halves(unsigned halves) { return halves; }
   static __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     mma_fp16(d, a, b0, b1);
   }

@@ -4,7 +4,7 @@
 //
 // From sm_89 on there are instructions; before, integer arithmetic gives the same codes.
 #pragma once
-#include <ptx.cuh>
+#include <element.cuh>
 
 __device__ __forceinline__ float e4m3_to_float_by_integers(unsigned code) {
   if ((code & 0x7fu) == 0x7fu) return __uint_as_float(0x7fffffffu);
@@ -27,4 +27,11 @@ __device__ __forceinline__ unsigned float_to_e4m3_by_integers(float x) {
 __device__ __forceinline__ unsigned pack_e4m3(float low, float high) {
   if constexpr (kHasFloat8) return pack_float8(low, high);
   else return float_to_e4m3_by_integers(low) | float_to_e4m3_by_integers(high) << 8;
+}
+
+// Two codes as two numbers of a type of 16 bits, each of which has them all.
+template <class Element>
+__device__ __forceinline__ unsigned unpack_e4m3(unsigned packed) {
+  if constexpr (kHasFloat8) return Element::from_halves(unpack_float8(packed));
+  else return Element::pack(e4m3_to_float_by_integers(packed & 0xffu), e4m3_to_float_by_integers(packed >> 8 & 0xffu));
 }

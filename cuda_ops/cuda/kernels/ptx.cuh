@@ -35,6 +35,7 @@ __device__ __forceinline__ float fp16_to_float(unsigned short bits) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
 constexpr bool kHasFloat8 = false;
 __device__ __forceinline__ unsigned pack_float8(float, float) { return 0; }
+__device__ __forceinline__ unsigned unpack_float8(unsigned) { return 0; }
 #else
 constexpr bool kHasFloat8 = true;
 
@@ -43,6 +44,13 @@ __device__ __forceinline__ unsigned pack_float8(float low, float high) {
   unsigned short packed;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
   return packed;
+}
+
+// The same two as two numbers of fp16, which has all of them.
+__device__ __forceinline__ unsigned unpack_float8(unsigned packed) {
+  unsigned halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<unsigned short>(packed)));
+  return halves;
 }
 #endif
 

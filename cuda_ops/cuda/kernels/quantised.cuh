@@ -1,6 +1,5 @@
-// Types of eight bits that stand for a number by a scale: what -DOUTPUT of a kernel may be besides -DELEMENT.
+// Types of eight bits that stand for a number by a scale: what -DOUTPUT or -DCACHE of a kernel may be besides -DELEMENT.
 #pragma once
-#include <element.cuh>
 #include <float8.cuh>
 
 struct Float8 {

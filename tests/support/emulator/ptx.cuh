@@ -45,6 +45,9 @@ inline unsigned float8_bits(float x) {
 
 constexpr bool kHasFloat8 = true;
 inline unsigned pack_float8(float low, float high) { return float8_bits(low) | float8_bits(high) << 8; }
+inline unsigned unpack_float8(unsigned packed) {
+  return float16_bits(float8_value(packed & 0xff)) | float16_bits(float8_value(packed >> 8 & 0xff)) << 16;
+}
 
 inline float fast_exp2(float x) { return std::exp2(x); }
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import cuda_ops
 from cuda_ops import reference
 from cuda_ops.errors import OpInputError
-from tests.support.dense_oracle import PagedCase, attend_densely, attention_tolerance, make_case
+from tests.support.dense_oracle import PagedCase, attend_densely, attention_tolerance, in_float8, make_case
 
 torch.set_num_threads(1)
 
@@ -45,6 +45,7 @@ def decode(case: PagedCase, sliding_window: int | None, soft_cap: float | None =
         scale=case.scale,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
+        scales=case.scales,
     )
     return out
 
@@ -62,6 +63,7 @@ def prefill(case: PagedCase, sliding_window: int | None, soft_cap: float | None 
         scale=case.scale,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
+        scales=case.scales,
     )
     return out
 
@@ -93,6 +95,23 @@ def test_paged_prefill_equals_dense_attention_when_chunks_continue_a_context(
     assert_close(prefill(case, window, soft_cap), case, window, soft_cap)
 
 
+@settings(max_examples=20)
+@given(parts=chunks, shape=shapes, window=windows, scales=st.sampled_from([(1.0, 1.0), (0.02, 3.0)]))
+def test_attention_over_a_float8_cache_equals_dense_attention_over_what_it_stands_for(
+    parts: list[tuple[int, int]],
+    shape: dict[str, Any],
+    window: int | None,
+    scales: tuple[float, float],
+) -> None:
+    """On a CPU that is the meaning, whatever the kernels for other caches."""
+    lengths = [old + new for old, new in parts]
+    chunked = in_float8(make_case(lengths, [new for _, new in parts], **shape), scales)
+    decoding = in_float8(make_case(lengths, [1] * len(parts), **shape), scales)
+
+    assert_close(prefill(chunked, window), chunked, window, None)
+    assert_close(decode(decoding, window), decoding, window, None)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_paged_decode_is_the_same_when_the_batch_takes_several_rounds(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
@@ -102,7 +121,7 @@ def test_paged_decode_is_the_same_when_the_batch_takes_several_rounds(
     )
     at_once = decode(case, None)
 
-    monkeypatch.setattr(reference, "_GATHERED_ELEMENTS", 2 * 32 * 16 * 2)
+    monkeypatch.setattr(reference, "GATHERED_ELEMENTS", 2 * 32 * 16 * 2)
     in_rounds = decode(case, None)
 
     assert torch.allclose(at_once, in_rounds, atol=attention_tolerance(case), rtol=0)

@@ -122,6 +122,7 @@ def test_switch_is_refused_on_a_gpu_where_attention_has_no_kernel(
     served = KVCacheShape(2, 4, 128, 16, torch.bfloat16)
     shape = replace(served, head_dim=head_dim, block_size=block_size, dtype=dtype)
 
-    check_invariant_attention(served)
+    check_invariant_attention(served, torch.bfloat16)
+    check_invariant_attention(replace(served, dtype=torch.float8_e4m3fn), torch.bfloat16)
     with pytest.raises(ConfigError, match=rf"paged_attention_decode .* {dtype}, heads of {head_dim} and"):
-        check_invariant_attention(shape)
+        check_invariant_attention(shape, dtype)

@@ -82,13 +82,16 @@ import sys
 import torch
 from cuda_ops.cuda.library import OPS
 from tests.support.emulated_kernels import EmulatedLauncher
-from tests.support.kernel_calls import ModelShape, attention_calls, quantised_calls, row_calls, sampling_calls
+from tests.support.kernel_calls import (
+    ModelShape, attention_calls, float8_calls, quantised_calls, row_calls, sampling_calls,
+)
 torch.set_num_threads(1)
 model = ModelShape("odd", 100, 36, 6, 2, 80)
 for is_reversed in (False, True):
     launcher = EmulatedLauncher(is_reversed=is_reversed)
     calls = {
         "rows": lambda: row_calls(model, 3, torch.bfloat16),
+        "float8": lambda: float8_calls(model, 3, torch.bfloat16),
         "quantised": lambda: quantised_calls(model, 3, torch.bfloat16),
         "attention": lambda: attention_calls(model, torch.bfloat16),
         "sampling": sampling_calls,
@@ -180,7 +183,7 @@ def test_sanitizer_tells_of_a_step_past_shared_memory(tmp_path: Path) -> None:
     assert "heap-buffer-overflow" in done.stdout
 
 
-@pytest.mark.parametrize("family", ["rows", "quantised", "attention", "sampling"])
+@pytest.mark.parametrize("family", ["rows", "float8", "quantised", "attention", "sampling"])
 def test_every_kernel_is_clean_under_address_and_undefined_behaviour_sanitizers(family: str) -> None:
     done = run_script(KERNELS_OF, family, sanitizes=True)
 

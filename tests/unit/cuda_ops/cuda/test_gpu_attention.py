@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cuda_ops
-from tests.support.dense_oracle import PagedCase, attend_densely, attention_tolerance, make_case
+from tests.support.dense_oracle import PagedCase, attend_densely, attention_tolerance, in_float8, make_case
 from tests.support.emulated_kernels import EmulatedLauncher, registered, require_compiler
 
 
@@ -22,7 +22,7 @@ def decode(
     cuda_ops.paged_attention_decode(
         whole[:, 1:], case.query, case.key_cache, case.value_cache, case.block_tables, case.context_lens,
         max_context_len=max_context_len or case.max_context_len, scale=case.scale, sliding_window=window,
-        split_len=split_len, soft_cap=soft_cap,
+        split_len=split_len, soft_cap=soft_cap, scales=case.scales,
     )  # fmt: skip
     assert (whole[:, 0] == 7.0).all()
     return whole[:, 1:]
@@ -129,7 +129,7 @@ def prefill(
     )
     cuda_ops.paged_attention_prefill(
         out, case.query, case.key_cache, case.value_cache, case.query_start, case.context_lens,
-        case.block_tables, scale=case.scale, sliding_window=window, soft_cap=soft_cap,
+        case.block_tables, scale=case.scale, sliding_window=window, soft_cap=soft_cap, scales=case.scales,
     )  # fmt: skip
     return out
 
@@ -195,6 +195,55 @@ def test_attention_bends_its_scores_towards_a_soft_cap(soft_cap: float) -> None:
 
     assert error_of(decoded, decoding, soft_cap=soft_cap) <= attention_tolerance(decoding)
     assert error_of(prefilled, chunks, soft_cap=soft_cap) <= attention_tolerance(chunks)
+
+
+@pytest.mark.usefixtures("launcher")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (80, 3), (96, 1), (128, 4), (256, 8)])
+def test_attention_reads_a_cache_of_float8_as_the_numbers_that_it_stands_for(
+    head_dim: int, group: int, dtype: torch.dtype
+) -> None:
+    decoding = in_float8(
+        decode_case([1, 15, 17, 130], group=group, head_dim=head_dim, dtype=dtype), (0.02, 3)
+    )
+    chunks = prefill_case([(0, 1), (70, 37), (0, 66)], group=1, head_dim=head_dim, dtype=dtype)
+    chunks = in_float8(chunks, (1.0, 0.01))
+
+    assert error_of(decode(decoding), decoding) <= attention_tolerance(decoding)
+    assert error_of(prefill(chunks), chunks) <= attention_tolerance(chunks)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_attention_over_float8_merges_splits_and_keeps_windows_and_soft_caps(
+    window: int | None, launcher: EmulatedLauncher
+) -> None:
+    launcher.num_multiprocessors = 10
+    decoding = in_float8(decode_case([1300, 1, 257], group=4, head_dim=64), (0.5, 0.25))
+    chunks = in_float8(prefill_case([(40, 150), (3, 2)], group=2, head_dim=64), (0.5, 0.25))
+
+    decoded, prefilled = decode(decoding, window, 4096, soft_cap=3.0), prefill(chunks, window, soft_cap=3.0)
+
+    assert error_of(decoded, decoding, window, 3.0) <= attention_tolerance(decoding)
+    assert error_of(prefilled, chunks, window, 3.0) <= attention_tolerance(chunks)
+
+
+@pytest.mark.usefixtures("launcher")
+@pytest.mark.parametrize("is_float8", [False, True])
+def test_attention_shows_a_nan_to_who_sees_it_and_to_no_one_else(is_float8: bool) -> None:
+    decoding = decode_case([20, 20], group=2, head_dim=64)
+    chunks = prefill_case([(0, 20), (0, 20)], group=1, head_dim=64)
+    for case in (decoding, chunks):
+        case.key_cache[int(case.block_tables[0, 0]), 0, 3, 5] = torch.nan
+    if is_float8:
+        decoding, chunks = in_float8(decoding, (1.0, 1.0)), in_float8(chunks, (1.0, 1.0))
+
+    decoded, prefilled = decode(decoding), prefill(chunks)
+
+    assert decoded[0, :2].isnan().all()
+    assert not decoded[0, 2:].isnan().any()
+    assert not decoded[1].isnan().any()
+    assert prefilled[3:20].isnan().all()
+    assert not prefilled[20:].isnan().any()
 
 
 def test_attention_gives_the_same_bits_whatever_the_order_of_warps() -> None:

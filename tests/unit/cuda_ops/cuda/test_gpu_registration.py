@@ -12,13 +12,14 @@ import cuda_ops
 from cuda_ops.cuda.library import OPS
 from cuda_ops.registry import NAMESPACE
 from tests.support.emulated_kernels import EmulatedLauncher, registered, require_compiler
-from tests.support.kernel_calls import EPS, MODELS, attention_calls, quantised_calls, row_calls
+from tests.support.kernel_calls import EPS, MODELS, attention_calls, float8_calls, quantised_calls, row_calls
+from tests.support.op_checks import check_registration
 
 SMALLEST = MODELS[0]
 
 
 def calls() -> dict[str, tuple[Any, ...]]:
-    families = (row_calls, quantised_calls)
+    families = (row_calls, quantised_calls, float8_calls)
     made = [call for family in families for call in family(SMALLEST, 2, torch.bfloat16)]
     return dict([*made, *attention_calls(SMALLEST, torch.bfloat16)])
 
@@ -32,9 +33,7 @@ def test_op_with_a_gpus_kernel_passes_torchs_checks_of_its_registration(name: st
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     with registered(EmulatedLauncher()):
-        results = torch.library.opcheck(overload, calls()[name])
-
-    assert set(results.values()) == {"SUCCESS"}
+        check_registration(overload, calls()[name])
 
 
 def layer(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:

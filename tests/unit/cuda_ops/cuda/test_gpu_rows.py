@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import cuda_ops
-from cuda_ops import reference
+from cuda_ops import reference, reference_eight_bits
 from cuda_ops.cuda.launcher import Launcher
 from tests.support.dense_oracle import ROUNDOFF
 
@@ -139,6 +139,27 @@ def test_write_kv_fills_the_named_slots_and_skips_rows_that_only_fill_up(
 
     assert torch.equal(caches[0], expected[0])
     assert torch.equal(caches[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "block_size"), [(64, 16), (5, 3)])
+def test_write_kv_rounds_to_float8_by_the_scales_of_the_cache(
+    head_dim: int, block_size: int, dtype: torch.dtype
+) -> None:
+    projected = torch.randn(6, 6, head_dim).to(dtype) * 100
+    key, value = projected[:, :2], projected[:, 4:]
+    caches = torch.randn(2, 7, 2, block_size, head_dim).to(torch.float8_e4m3fn).unbind()
+    expected = [cache.clone() for cache in caches]
+    slots = torch.randperm(7 * block_size)[:6]
+    scales = (0.3, 7.0)
+    reference_eight_bits.write_kv_float8(key[1:], value[1:], *expected, slots[1:], *scales)
+    slots[0] = -1
+
+    cuda_ops.write_kv(key, value, *caches, slots, scales=scales)
+
+    assert (expected[0].float().abs() == 448).any(), "something is too large for a float8"
+    for cache, meant in zip(caches, expected, strict=True):
+        assert torch.equal(cache.view(torch.uint8), meant.view(torch.uint8))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from tests.support.kernel_resources import (
 
 # Bytes stored and loaded again that are tolerated, a few words of a thread.
 SPILLED = 64
-SMALL = Variant.of("kv_cache", "write_kv", ELEMENT="BFloat16", COUNT=8, THREADS=128)
+SMALL = Variant.of("activation", "activate_and_mul", ELEMENT="BFloat16", COUNT=8, THREADS=128, IS_GELU=0)
 
 
 @pytest.mark.timeout(400)
@@ -72,12 +72,12 @@ def test_compiler_does_without_a_cache_that_cannot_be_written(tmp_path: Path) ->
 
 
 def test_compile_error_names_the_kernel_and_carries_the_log() -> None:
-    broken = Variant.of("kv_cache", "write_kv", ELEMENT="Float64", COUNT=8, THREADS=128)
+    broken = Variant.of("activation", "activate_and_mul", ELEMENT="Float64", COUNT=8, THREADS=128, IS_GELU=0)
 
     with pytest.raises(KernelCompileError) as caught:
         Compiler("sm_80", None).compile(broken)
 
-    assert "write_kv COUNT=8 ELEMENT=Float64" in str(caught.value)
+    assert "activate_and_mul COUNT=8 ELEMENT=Float64" in str(caught.value)
     assert "Float64" in caught.value.log
     assert pickle.loads(pickle.dumps(caught.value)).log == caught.value.log
 

@@ -26,7 +26,7 @@ from cuda_ops.cuda.launcher import LaunchShape, Variant
 
 streams = iter([0x70, 0x71, 0x70])
 launcher = CudaLauncher(0, Compiler("sm_90a", None), 132, lambda device: next(streams))
-variant = Variant.of("kv_cache", "write_kv", ELEMENT="BFloat16", COUNT=8, THREADS=128)
+variant = Variant.of("activation", "activate_and_mul", ELEMENT="BFloat16", COUNT=8, THREADS=128, IS_GELU=0)
 x = torch.zeros(8)
 arguments = (x[2:], None, ctypes.c_longlong(-5), ctypes.c_int(7), ctypes.c_float(1.5))
 driver.expect(len(arguments))
