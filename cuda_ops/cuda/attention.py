@@ -68,7 +68,8 @@ def paged_attention_decode(
     group = num_heads // num_kv_heads
     parts = num_kv_heads * -(-group // _ROWS)
     if split_len is None:
-        num_splits = _num_splits(launcher.num_multiprocessors, num_sequences * parts, max_context_len)
+        most_seen = min(max_context_len, (sliding_window or max_context_len) + 2 * _TILE)
+        num_splits = _num_splits(launcher.num_multiprocessors, num_sequences * parts, most_seen)
     else:
         num_splits = -(-max_context_len // split_len)
     split_tiles = (split_len or 0) // _TILE
@@ -81,6 +82,7 @@ def paged_attention_decode(
     scales = (
         query.new_empty((num_sequences, num_heads, num_splits), dtype=torch.float32) if is_split else None
     )
+    arrivals = launcher.counters.take(num_sequences * parts, query.device) if is_split else None
     warps = 2 if head_dim > 128 else 4
     constants: dict[str, str | int] = {
         "ELEMENT": ELEMENTS[query.dtype],
@@ -96,24 +98,15 @@ def paged_attention_decode(
     shared += warps * min(group, _ROWS) * 2 * 4
     launcher.launch(
         Variant.of("attention_decode", "decode", **constants),
-        LaunchShape((num_splits, parts, num_sequences), warps * 32, shared),
+        LaunchShape((parts, num_sequences, num_splits), warps * 32, shared),
         (
-            out, partial, scales, query, key_cache, value_cache, block_tables, context_lens,
+            out, partial, scales, arrivals, query, key_cache, value_cache, block_tables, context_lens,
             c_longlong(out.stride(0)), c_longlong(out.stride(1)),
             c_longlong(query.stride(0)), c_longlong(query.stride(1)), c_longlong(block_tables.stride(0)),
             c_int(num_kv_heads), c_int(sliding_window or 0), c_int(split_tiles),
             c_float(scale * key_scale * math.log2(math.e)), c_float(value_scale), c_float(soft_cap or 0.0),
         ),
     )  # fmt: skip
-    if is_split:
-        launcher.launch(
-            Variant.of("attention_decode", "merge_splits", **constants),
-            LaunchShape((num_heads, num_sequences, 1), head_dim),
-            (
-                out, partial, scales, context_lens, c_longlong(out.stride(0)), c_longlong(out.stride(1)),
-                c_int(num_splits), c_int(sliding_window or 0), c_int(split_tiles),
-            ),
-        )  # fmt: skip
 
 
 def paged_attention_prefill(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cuda_ops.cuda.compiler import Compiler
-from cuda_ops.cuda.launcher import Argument, LaunchShape, Variant
+from cuda_ops.cuda.launcher import Argument, Counters, LaunchShape, Variant
 from cuda_ops.errors import KernelsUnavailableError
 
 # What any kernel may have without asking; more has to be allowed for a kernel on a device.
@@ -25,6 +25,7 @@ class CudaLauncher:
     Attributes:
         num_multiprocessors: of the device.
         arch: its architecture, as the compiler calls it.
+        counters: on the device, of its current stream.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class CudaLauncher:
         """
         self.num_multiprocessors = num_multiprocessors
         self.arch = compiler.arch
+        self.counters = Counters()
         self._device = device
         self._compiler = compiler
         self._current_stream = current_stream

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
+import torch
 from torch import Tensor
+
+# More than a batch has (sequences times key heads), mostly, so that they are made once.
+_FIRST_COUNTERS: Final = 16 * 1024
 
 Argument = Tensor | ctypes.c_int | ctypes.c_longlong | ctypes.c_float | None
 """As the kernel's parameter is: a pointer (None is null), `int`, `long long`, `float`."""
@@ -52,12 +56,33 @@ class LaunchShape:
     shared_bytes: int = 0
 
 
+class Counters:
+    """Whole numbers on a device that are zero, and that every kernel leaves at zero: who has arrived so far.
+
+    One stream's: kernels that run side by side would count each other. What was handed out stays where it is,
+    for captured graphs hold its address.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[Tensor] = []
+
+    def take(self, count: int, device: torch.device) -> Tensor:
+        """At least `count` int32; the same memory every time, unless more are wanted than ever before."""
+        if not self._held or len(self._held[-1]) < count:
+            self._held.append(torch.zeros(max(count, _FIRST_COUNTERS), dtype=torch.int32, device=device))
+        return self._held[-1]
+
+
 class Launcher(Protocol):
     """Runs kernels: on a GPU, or in tests on the CPU."""
 
     @property
     def num_multiprocessors(self) -> int:
         """How many blocks' worth of hardware there is to fill."""
+
+    @property
+    def counters(self) -> Counters:
+        """Of the launcher's device."""
 
     def launch(self, variant: Variant, shape: LaunchShape, arguments: tuple[Argument, ...]) -> None:
         """Start the kernel on the stream that is torch's current one at this moment.

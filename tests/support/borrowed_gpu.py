@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cuda_ops.cuda.compiler import cache_folder
 from cuda_ops.cuda.device import launcher_of_current_device
-from cuda_ops.cuda.launcher import Argument, LaunchShape, Variant
+from cuda_ops.cuda.launcher import Argument, Counters, LaunchShape, Variant
 
 
 class BorrowedGpu:
@@ -17,11 +17,13 @@ class BorrowedGpu:
 
     Attributes:
         num_multiprocessors: what the kernels' host side is told; small, as the emulator's.
+        counters: on the CPU; each launch has a copy on the device, and brings it back.
     """
 
     num_multiprocessors = 3
 
     def __init__(self) -> None:
+        self.counters = Counters()
         self._launcher = launcher_of_current_device(cache_folder(os.environ))
 
     def launch(self, variant: Variant, shape: LaunchShape, arguments: tuple[Argument, ...]) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cuda_ops.cuda.compiler import KERNEL_FOLDER
-from cuda_ops.cuda.launcher import Argument, Launcher, LaunchShape, Variant
+from cuda_ops.cuda.launcher import Argument, Counters, Launcher, LaunchShape, Variant
 from cuda_ops.cuda.library import register
 from cuda_ops.native import use_kernels
 
@@ -44,10 +44,12 @@ class EmulatedLauncher:
     Attributes:
         is_reversed: whether warps and blocks take turns from last to first.
         num_multiprocessors: what the kernels' host side is told.
+        counters: on the CPU.
     """
 
     is_reversed: bool = False
     num_multiprocessors: int = 3
+    counters: Counters = field(default_factory=Counters)
 
     def launch(self, variant: Variant, shape: LaunchShape, arguments: tuple[Argument, ...]) -> None:
         library = _library(variant)

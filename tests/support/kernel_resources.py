@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cuda_ops.cuda.compiler import Compiler
-from cuda_ops.cuda.launcher import Argument, LaunchShape, Variant
+from cuda_ops.cuda.launcher import Argument, Counters, LaunchShape, Variant
 from cuda_ops.cuda.library import OPS
 from tests.support.kernel_calls import calls_of_models
 
@@ -36,6 +36,7 @@ class VariantRecorder:
     """A launcher that runs nothing and remembers what was asked for."""
 
     num_multiprocessors: int = 132
+    counters: Counters = field(default_factory=Counters)
     variants: dict[Variant, None] = field(default_factory=dict)
     shapes: list[LaunchShape] = field(default_factory=list)
 

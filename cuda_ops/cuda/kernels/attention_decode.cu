@@ -1,18 +1,27 @@
 // Paged decode attention: one query token a sequence against its whole context.
 //
-// Work: block (split, kv head and part of its group, sequence). The context's tiles of 16 tokens are dealt out to the
+// Work: block (kv head and part of its group, sequence, split). The context's tiles of 16 tokens are dealt out to the
 // splits, as many to each as the sequence's own length asks for, so that the grid is the same for every length and a
 // graph can keep it: splits without tiles end at once. With splits of a given length a sequence's sums are taken in
-// the same order whatever the grid, so that its bits do not depend on the batch. Within a block the tiles go to the warps in turn. A warp loads
-// its own tiles by cp.async, STAGES - 1 ahead, and needs no other warp until the end, where softmaxes are merged
-// through shared memory. All query heads of a kv head (up to 16 at a time) are rows of the same tensor core products:
-// one row or sixteen cost the same, and far less than the load, so there is no second path for small groups.
-// A sequence in one split is written to `out`, others in float32 to `partial`, which `merge_splits` adds up.
+// the same order whatever the grid, so that its bits do not depend on the batch. Within a block the tiles go to the
+// warps in turn. A warp loads its own tiles by cp.async, STAGES - 1 ahead, and needs no other warp until the end, where
+// softmaxes are merged through shared memory. All query heads of a kv head (up to 16 at a time) are rows of the same
+// tensor core products: one row or sixteen cost the same, and far less than the load, so there is no second path for
+// small groups. A sequence in one split is written to `out`, others in float32 to `partial`, which the last of its
+// splits to end adds up, in their order.
+//
+// With a CACHE of float8 a tile is loaded as codes, half the bytes, and its warp widens it in shared memory before it
+// attends to it; three passes through shared memory are then made for one from the cache.
+//
+// What a grid for the longest context costs short ones: the host asks for four blocks a multiprocessor at most, or one
+// split, whatever that context is, and for no more splits than a window has tokens for; so at most that many blocks find
+// no tiles. Splits are the grid's last axis: those that always have tiles are started first, and the others read
+// one length and end while these are loading. Nothing is launched, zeroed or read for merging that does not happen.
 //
 // Moves: keys and values once, in runs of 16 * HEAD_DIM elements (4 KB at 128); per split HEAD_DIM + 1 floats a query
 // head twice. In flight on a multiprocessor of an H200 at HEAD_DIM 128: 3 blocks * 4 warps * 8 KB = 96 KB, where its
 // share of 4.3 TB/s at 700 ns of latency asks for 23 KB.
-// Takes (sm_90a, bfloat16, HEAD_DIM 128, groups of 4): 167 registers and 72 KB of shared memory, so three blocks a
+// Takes (sm_90a, bfloat16, HEAD_DIM 128, groups of 4): 168 registers and 72 KB of shared memory, so three blocks a
 // multiprocessor. The limit of 99 KB on sm_89 and sm_120 is why there are two stages.
 // Limits: 16-bit elements, BLOCK_SIZE a multiple of 16, HEAD_DIM one of 16. Not measured on a GPU yet.
 #include <attention.cuh>
@@ -27,17 +36,17 @@ constexpr int kPart = GROUP < kRows ? GROUP : kRows;  // query heads of a block
 constexpr int kParts = (GROUP + kRows - 1) / kRows;
 constexpr int kMinTiles = 16;  // of a split: 256 tokens, so that merging stays small
 
-// Which of a sequence's tiles a split has: [first, past), and whether others have some too.
+// Which of a sequence's tiles a split has: [first, past), and how many splits have some.
 struct Span {
   int first, past;
-  bool is_alone;
+  int num_used;  // splits that have tiles; a sequence without any counts as one
 };
 
 // split_tiles: of each split; 0 deals them out to all.
 __device__ __forceinline__ Span span_of(int split, int num_splits, int split_tiles, int context_len, int first_token) {
   const int first = first_token / kTile, past = (context_len + kTile - 1) / kTile;
   const int each = split_tiles > 0 ? split_tiles : max(kMinTiles, (past - first + num_splits - 1) / num_splits);
-  return {first + split * each, min(past, first + (split + 1) * each), past - first <= each};
+  return {first + split * each, min(past, first + (split + 1) * each), max(1, (past - first + each - 1) / each)};
 }
 
 __device__ __forceinline__ int first_visible(int context_len, int window) {
@@ -102,24 +111,51 @@ __device__ __forceinline__ void leave(const AttendedRows<ELEMENT, HEAD_DIM, kTil
   }
 }
 
+// Whether all others of `count` blocks have come here before, whose writes this one then sees. Every thread calls it.
+__device__ __forceinline__ bool is_last_of(int* arrivals, int count) {
+  __shared__ bool is_last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    is_last = atomicAdd(arrivals, 1) == count - 1;
+    if (is_last) *arrivals = 0;
+  }
+  __syncthreads();
+  __threadfence();
+  return is_last;
+}
+
+// One element of a head: the splits' sums, HEAD_DIM apart, by the weights that they stand for.
+__device__ __forceinline__ float merge_splits(const float* partial, const float* scales, int count) {
+  float largest = kHidden, sum = 0.0f, output = 0.0f;
+  for (int split = 0; split < count; ++split) largest = fmaxf(largest, scales[split]);
+  for (int split = 0; split < count; ++split) {
+    const float weight = fast_exp2(scales[split] - largest);
+    sum += weight;
+    output += weight * partial[static_cast<long long>(split) * HEAD_DIM];
+  }
+  return output / sum;
+}
+
 // out, query: [num_sequences, num_kv_heads * GROUP, HEAD_DIM] by their strides.  caches: [num_blocks, num_kv_heads,
 // BLOCK_SIZE, HEAD_DIM], contiguous.  tables: [num_sequences, ...], rows table_stride apart.  context_lens:
 // [num_sequences]; 0 marks a row that fills up a batch and gives zeros.  partial: [num_sequences, heads, splits,
-// HEAD_DIM] and scales: [num_sequences, heads, splits] (log2 of the sum of weights); both null with one split.
+// HEAD_DIM] and scales: [num_sequences, heads, splits] (log2 of the sum of weights); both null with one split.  arrivals: [num_sequences,
+// gridDim.x], zero before and after, null with one split.
 // scale: of scores, times log2(e) and, with a CACHE of float8, times what one of its keys stands for; value_scale: what
 // one of its values does, else 1.  window: tokens that are seen, 0 for all.  split_tiles: as in span_of.  soft_cap: of
 // scaled scores, read with SOFT_CAP alone.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    decode(Stored* __restrict__ out, float* __restrict__ partial, float* __restrict__ scales,
-           const Stored* __restrict__ query, const Cached* __restrict__ key_cache,
+    decode(Stored* __restrict__ out, float* partial, float* scales, int* arrivals, const Stored* __restrict__ query, const Cached* __restrict__ key_cache,
            const Cached* __restrict__ value_cache, const int* __restrict__ tables, const int* __restrict__ context_lens,
            long long out_stride, long long out_head_stride, long long query_stride, long long query_head_stride,
            long long table_stride, int num_kv_heads, int window, int split_tiles, float scale,
            float value_scale, float soft_cap) {
-  const int sequence = blockIdx.z, kv_head = blockIdx.y / kParts, first_row = blockIdx.y % kParts * kRows;
+  const int sequence = blockIdx.y, kv_head = blockIdx.x / kParts, first_row = blockIdx.x % kParts * kRows;
+  const int split = blockIdx.z, num_splits = gridDim.z;
   const int context_len = context_lens[sequence], first_token = first_visible(context_len, window);
-  const Span span = span_of(blockIdx.x, gridDim.x, split_tiles, context_len, first_token);
-  if (span.first >= span.past && blockIdx.x > 0) return;
+  const Span span = span_of(split, num_splits, split_tiles, context_len, first_token);
+  if (span.first >= span.past && split > 0) return;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   Stored* queries = reinterpret_cast<Stored*>(dynamic_shared());
@@ -181,38 +217,23 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
       output += weight * other[row * HEAD_DIM + column];
     }
     output = sum == 0.0f ? 0.0f : output / sum * value_scale;  // a NaN stays one
-    if (span.is_alone) {
-      out[sequence * out_stride + (first_head + row) * out_head_stride + column] = ELEMENT::round(output);
+    const int head = first_head + row;
+    if (span.num_used == 1) {
+      out[sequence * out_stride + head * out_head_stride + column] = ELEMENT::round(output);
     } else {
-      const long long place = (static_cast<long long>(sequence) * num_heads + first_head + row) * gridDim.x + blockIdx.x;
+      const long long place = (static_cast<long long>(sequence) * num_heads + head) * num_splits + split;
       partial[place * HEAD_DIM + column] = output;
       if (column == 0) scales[place] = largest + log2f(sum);
     }
   }
-}
+  if (span.num_used == 1) return;
 
-// Adds up the splits of each query head: block (head, sequence), one thread an element. Ends at once where `decode` has
-// written the result. Parameters as in `decode`.
-extern "C" __global__ void __launch_bounds__(HEAD_DIM)
-    merge_splits(Stored* __restrict__ out, const float* __restrict__ partial, const float* __restrict__ scales,
-                 const int* __restrict__ context_lens, long long out_stride, long long out_head_stride, int num_splits,
-                 int window, int split_tiles) {
-  const int head = blockIdx.x, sequence = blockIdx.y, column = threadIdx.x;
-  const int context_len = context_lens[sequence], first_token = first_visible(context_len, window);
-  if (span_of(0, num_splits, split_tiles, context_len, first_token).is_alone) return;
-  const long long first = (static_cast<long long>(sequence) * gridDim.x + head) * num_splits;
-  float largest = kHidden, sum = 0.0f, output = 0.0f;
-  for (int split = 0; split < num_splits; ++split) {
-    const Span span = span_of(split, num_splits, split_tiles, context_len, first_token);
-    if (span.first >= span.past) break;
-    largest = fmaxf(largest, scales[first + split]);
+  int* arrived = arrivals + static_cast<long long>(sequence) * gridDim.x + blockIdx.x;
+  if (!is_last_of(arrived, span.num_used)) return;
+  for (int i = threadIdx.x; i < num_rows * HEAD_DIM; i += WARPS * 32) {
+    const int head = first_head + i / HEAD_DIM, column = i % HEAD_DIM;
+    const long long first = (static_cast<long long>(sequence) * num_heads + head) * num_splits;
+    const float merged = merge_splits(partial + first * HEAD_DIM + column, scales + first, span.num_used);
+    out[sequence * out_stride + head * out_head_stride + column] = ELEMENT::round(merged);
   }
-  for (int split = 0; split < num_splits; ++split) {
-    const Span span = span_of(split, num_splits, split_tiles, context_len, first_token);
-    if (span.first >= span.past) break;
-    const float weight = fast_exp2(scales[first + split] - largest);
-    sum += weight;
-    output += weight * partial[(first + split) * HEAD_DIM + column];
-  }
-  out[sequence * out_stride + head * out_head_stride + column] = ELEMENT::round(output / sum);
 }

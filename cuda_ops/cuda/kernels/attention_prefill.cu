@@ -5,6 +5,7 @@
 // first. Which sequence and tile that is, the block finds from `query_start`: the host knows how many tiles there can be,
 // not which, and asks nothing. A warp has ROW_TILES * 16 of the rows; tiles of 32 keys and values come by cp.async, one
 // ahead, and serve all warps. Tiles that no row of the block may see are not loaded.
+// With a CACHE of float8 the block widens each tile in shared memory first.
 // Moves: keys and values once a block, from L2 for all blocks of a kv head but the first.
 // Computes 4 * HEAD_DIM FLOP a visible pair; on top of those the halves of diagonal tiles that are hidden.
 // Takes (sm_90a, bfloat16, HEAD_DIM 128): 250 registers and 68 KB of shared memory, so two blocks a multiprocessor; 20

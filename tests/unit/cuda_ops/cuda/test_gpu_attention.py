@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 import cuda_ops
+from cuda_ops.cuda.launcher import Counters
+from cuda_ops.cuda.library import OPS
 from tests.support.dense_oracle import PagedCase, attend_densely, attention_tolerance, in_float8, make_case
 from tests.support.emulated_kernels import EmulatedLauncher, registered, require_compiler
+from tests.support.kernel_resources import VariantRecorder
 
 
 def decode(
@@ -85,8 +90,37 @@ def test_decode_in_splits_of_one_length_gives_the_same_bits_in_any_company(
 
     assert error_of(together, case, window) <= attention_tolerance(case)
     assert torch.equal(decode(alone, window, split_len=512), together[:1])
-    # A grid for other lengths cuts elsewhere, unless it is told where to.
-    assert not torch.equal(decode(alone, window), decode(case, window)[:1])
+    # A grid for other lengths cuts elsewhere, unless it is told where to, or a window bounds it.
+    assert window or not torch.equal(decode(alone), decode(case)[:1])
+
+
+def test_decode_merges_again_and_again_and_leaves_its_counters_at_zero(launcher: EmulatedLauncher) -> None:
+    launcher.num_multiprocessors = 10
+    case = decode_case([1300, 700, 20], group=4, head_dim=64)
+
+    first, second = decode(case), decode(case)
+
+    assert torch.equal(first, second)
+    assert not launcher.counters.take(1, torch.device("cpu")).any()
+
+
+@pytest.mark.parametrize("num_sequences", [1, 3, 40, 200])
+def test_decode_for_the_longest_context_is_one_launch_that_fills_the_device_once(num_sequences: int) -> None:
+    """As a graph has it: of 131,072 tokens, whatever the contexts will be."""
+    recorder = VariantRecorder()
+    case = decode_case([1] * num_sequences, group=4, head_dim=128)
+    arguments = (
+        torch.empty_like(case.query, memory_format=torch.contiguous_format), case.query, case.key_cache,
+        case.value_cache, case.block_tables, case.context_lens, 131_072, case.scale,
+    )  # fmt: skip
+
+    for window in (None, 1024):
+        OPS["paged_attention_decode"](recorder, *arguments, window, None, None)
+
+    whole, windowed = (math.prod(shape.blocks) for shape in recorder.shapes)
+    always = num_sequences * 2
+    assert whole <= 4 * recorder.num_multiprocessors + always
+    assert windowed <= min(whole, always * math.ceil((1024 + 32) / 256))
 
 
 @pytest.mark.usefixtures("launcher")
@@ -257,3 +291,14 @@ def test_attention_gives_the_same_bits_whatever_the_order_of_warps() -> None:
 
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
+
+
+def test_counters_are_the_same_memory_until_more_are_wanted_and_stay_where_they_are() -> None:
+    counters, cpu = Counters(), torch.device("cpu")
+    first = counters.take(10, cpu)
+
+    larger = counters.take(10 * len(first), cpu)
+
+    assert counters.take(20, cpu).data_ptr() == larger.data_ptr() != first.data_ptr()
+    assert len(larger) >= 10 * len(first)
+    assert not larger.any()
