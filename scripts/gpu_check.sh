@@ -26,7 +26,7 @@ failed=0
 
 say "testing the kernels on $name"
 if "$python" -c 'import pytest, pytest_asyncio, pytest_timeout, hypothesis' 2>/dev/null; then
-  timeout 120 "$python" -m pytest -q -m gpu tests/gpu tests/unit/cuda_ops/cuda >&2 || failed=1
+  timeout 150 "$python" -m pytest -q -m gpu tests/gpu tests/unit/cuda_ops/cuda >&2 || failed=1
   if command -v compute-sanitizer >/dev/null 2>&1; then
     for tool in memcheck racecheck; do
       say "compute-sanitizer $tool"

@@ -17,7 +17,8 @@ pytestmark = [
 ]
 
 SAMPLED = replace(GREEDY, temperature=0.8, top_p=0.9, seed=3)
-REQUESTS = {str(n): (random_prompt(4 + 9 * n, n), SAMPLED if n % 3 == 2 else GREEDY) for n in range(9)}
+KINDS = (GREEDY, replace(GREEDY, logprobs=5), SAMPLED)
+REQUESTS = {str(n): (random_prompt(4 + 9 * n, n), KINDS[n % 3]) for n in range(9)}
 PLAIN = {"device": "cuda", "decode_graphs": "off", "async_steps": "off"}
 
 
@@ -26,16 +27,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model_folder("qwen3", tmp_path_factory.mktemp("qwen3"), head_dim=64)
 
 
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
 @pytest.mark.parametrize("switches", [{"decode_graphs": "on"}, {"async_steps": "on"}, {}])
 def test_gpu_engine_gives_the_same_tokens_with_graphs_and_steps_launched_ahead(
-    folder: Path, switches: dict[str, str]
+    folder: Path, switches: dict[str, str], cache: str
 ) -> None:
-    plain = generate(make_engine(folder, **PLAIN), REQUESTS)
-    fast = generate(
-        make_engine(folder, **({"device": "cuda"} if not switches else PLAIN | switches)), REQUESTS
-    )
+    config = {"device": "cuda"} if not switches else PLAIN | switches
+    plain = generate(make_engine(folder, kv_cache_dtype=cache, **PLAIN), REQUESTS)
+    fast = generate(make_engine(folder, kv_cache_dtype=cache, **config), REQUESTS)
 
     assert [fast.tokens(id) for id in REQUESTS] == [plain.tokens(id) for id in REQUESTS]
+
+
+def test_gpu_engine_over_a_float8_cache_is_near_the_one_over_bfloat16(folder: Path) -> None:
+    """With the kernels that serve it: the first token comes from the whole prompt's keys and values."""
+    config = {"device": "cuda", "dtype": "bfloat16", "block_size": 16}
+    wanted = {"a": (random_prompt(50), replace(GREEDY, max_tokens=1, logprobs=1))}
+
+    tops = []
+    for cache in ("auto", "fp8"):
+        output = generate(make_engine(folder, kv_cache_dtype=cache, **config), wanted).outputs["a"]
+        logprobs = output.completions[0].logprobs
+        assert logprobs is not None
+        assert logprobs.top_logprobs[0] is not None
+        tops.append(max(logprobs.top_logprobs[0].values()))
+
+    assert tops[1] == pytest.approx(tops[0], abs=1.0)
 
 
 def test_gpu_engine_gives_the_greedy_tokens_of_the_cpu(folder: Path) -> None:
