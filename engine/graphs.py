@@ -3,8 +3,8 @@
     step of n sequences, one token each ─▶ next larger bucket ─▶ fill the buffers ─▶ replay ─▶ first n rows
     any other step                      ─▶ run as it is
 
-On a GPU the buckets are few and captured at start. On the CPU, where a row of padding costs its arithmetic and
-a capture no more than the step itself, every size is a bucket and is captured when it first comes.
+On a GPU the buckets are few and captured at start. On the CPU, where a row of padding costs its arithmetic
+and a capture no more than the step itself, every size is a bucket and is captured when it first comes.
 
 A graph reads and writes where it did when it was captured, so its input is copied into buffers of fixed place
 and largest shape. Rows that only fill up a bucket write their keys and values behind all blocks that are
