@@ -300,7 +300,30 @@ void softmax_at(const SoftmaxArguments& a, int64_t begin, int64_t end) {
   }
 }
 
-// One pass for the largest, or for any NaN, which counts as larger; another, mostly short, for its place.
+constexpr int64_t kSearched = 32 * kLanes;  // elements looked through before it is asked whether one was it
+
+INLINE bool is_any(Ints lanes) {
+  int any = 0;
+  for (int lane = 0; lane < kLanes; ++lane) any |= lanes[lane];
+  return any != 0;
+}
+
+// The first run of `kSearched` elements that holds what is looked for, or where whole runs end.
+template <class T>
+INLINE int64_t find_run(const T* row, int64_t size, float value, bool wants_nan) {
+  int64_t begin = 0;
+  for (; begin + kSearched <= size; begin += kSearched) {
+    Ints found{};
+    for (int64_t i = begin; i < begin + kSearched; i += kLanes) {
+      const Floats part = load(row + i);
+      found |= wants_nan ? (part != part) : (part == splat(value));
+    }
+    if (is_any(found)) break;
+  }
+  return begin;
+}
+
+// One pass for the largest, or for any NaN, which counts as larger; another, mostly shorter, for its place.
 template <class T>
 void argmax(const ArgmaxArguments& a, int64_t begin, int64_t end) {
   for (int64_t index = begin; index < end; ++index) {
@@ -314,14 +337,13 @@ void argmax(const ArgmaxArguments& a, int64_t begin, int64_t end) {
       is_nan |= part != part;
     }
     float largest = max_of_lanes(top);
-    bool has_nan = false;
-    for (int lane = 0; lane < kLanes; ++lane) has_nan = has_nan || is_nan[lane] != 0;
+    bool has_nan = is_any(is_nan);
     for (; i < a.size; ++i) {
       const float value = widen(row[i]);
       largest = value > largest ? value : largest;
       has_nan = has_nan || value != value;
     }
-    int64_t place = 0;
+    int64_t place = find_run(row, a.size, largest, has_nan);
     for (; place + 1 < a.size; ++place) {
       const float value = widen(row[place]);
       if (has_nan ? value != value : value == largest) break;
