@@ -63,7 +63,7 @@ class ReplyReader:
     async def run(self) -> None:
         """Read and hand out until cancelled; a store that is away is waited for.
 
-        `cancelling` is looked at because redis-py's client loses a cancel that meets an arriving reply.
+        `cancelling` is looked at because a client may lose a cancel that meets a reply; redis-py's does.
         """
         task = asyncio.current_task()
         assert task is not None

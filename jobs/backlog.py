@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import redis.asyncio
+from typing import Protocol
 
 from jobs.keys import Keys
+from jobs.multiplexed import MultiplexedClient
 from jobs.redis_connection import store_errors
 from jobs.settings import JobsSettings
 
@@ -32,31 +32,25 @@ class BacklogReader(Protocol):
 class RedisBacklog:
     """Two round trips, whatever the number of jobs."""
 
-    def __init__(self, client: redis.asyncio.Redis, settings: JobsSettings) -> None:
-        self._client: Any = client  # redis-py types one signature for both colours
+    def __init__(self, client: MultiplexedClient, settings: JobsSettings) -> None:
+        self._client = client
         self._keys = Keys(settings.key_prefix)
 
     async def read(self) -> list[QueueBacklog]:
         with store_errors():
-            queues = sorted(await self._client.smembers(self._keys.queues))
-            pipeline = self._client.pipeline(transaction=False)
-            for queue in queues:
-                pipeline.zcard(self._keys.open(queue))
-                pipeline.zrange(self._keys.open(queue), 0, 0, withscores=True)
-                for key in self._keys.broker_queue(queue):
-                    pipeline.llen(key)
-            answers = await pipeline.execute()
-        size = len(answers) // len(queues) if queues else 0
-        return [
-            _backlog(queue, answers[index * size : (index + 1) * size]) for index, queue in enumerate(queues)
-        ]
+            queues = sorted(await self._client.call("SMEMBERS", self._keys.queues))
+            return await asyncio.gather(*map(self._read, queues))
 
-
-def _backlog(queue: str, answers: list[Any]) -> QueueBacklog:
-    num_open, oldest, *lengths = answers
-    return QueueBacklog(
-        queue=queue,
-        num_waiting=sum(lengths),
-        num_open=num_open,
-        oldest_created_at=float(oldest[0][1]) if oldest else None,
-    )
+    async def _read(self, queue: str) -> QueueBacklog:
+        call, ledger = self._client.call, self._keys.open(queue)
+        num_open, oldest, *lengths = await asyncio.gather(
+            call("ZCARD", ledger),
+            call("ZRANGE", ledger, 0, 0, "WITHSCORES"),
+            *(call("LLEN", key) for key in self._keys.broker_queue(queue)),
+        )
+        return QueueBacklog(
+            queue=queue,
+            num_waiting=sum(lengths),
+            num_open=num_open,
+            oldest_created_at=float(oldest[1]) if oldest else None,
+        )

@@ -21,14 +21,12 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from jobs.errors import StoreUnavailable
+from jobs.multiplexed import MultiplexedClient
 from jobs.redis_url import SentinelService, sentinel_service
 from jobs.settings import JobsSettings
 
 STORE_ERRORS = (RedisError, OSError, TimeoutError)
 """Whatever a client raises."""
-
-MAX_ASYNC_CONNECTIONS = 32
-"""One process on one event loop gains nothing from more."""
 
 
 @contextmanager
@@ -71,30 +69,23 @@ def connect_to(url: str, **options: Any) -> redis.Redis:
     return client
 
 
-def connect_async(settings: JobsSettings) -> redis.asyncio.Redis:
-    """For the API's requests: one quick retry, and a caller that finds every connection busy waits for one.
-
-    The library's own pool makes a connection a caller, and from the hundred and first on it fails.
-    """
-    options = {
-        "max_connections": MAX_ASYNC_CONNECTIONS,
-        "timeout": settings.socket_timeout_seconds,
-        "retry": AsyncRetry(ExponentialBackoff(cap=0.2, base=0.05), retries=1),
-        **_async_options(settings),
-    }
-    return _async_client(settings, redis.asyncio.BlockingConnectionPool, _BlockingSentinelPool, options)
+def connect_async(settings: JobsSettings) -> MultiplexedClient:
+    """For the API's requests, which share one connection; one quick retry."""
+    return MultiplexedClient(
+        _async_connections(settings), silence_seconds=settings.socket_timeout_seconds, num_retries=1
+    )
 
 
-def connect_reader(settings: JobsSettings, *, block_seconds: float) -> redis.asyncio.Redis:
+def connect_reader(settings: JobsSettings, *, block_seconds: float) -> MultiplexedClient:
     """For one reader that blocks up to `block_seconds`.
 
     It repeats nothing by itself: after a cut the reader has to know, for what was said meanwhile may be lost.
     """
-    options = _async_options(settings) | {
-        "socket_timeout": block_seconds + settings.socket_timeout_seconds,
-        "retry": AsyncRetry(NoBackoff(), 0),
-    }
-    return _async_client(settings, redis.asyncio.ConnectionPool, _SentinelPool, options)
+    return MultiplexedClient(
+        _async_connections(settings),
+        silence_seconds=block_seconds + settings.socket_timeout_seconds,
+        num_retries=0,
+    )
 
 
 class _SentinelPool(redis.asyncio.sentinel.SentinelConnectionPool):
@@ -107,25 +98,21 @@ class _SentinelPool(redis.asyncio.sentinel.SentinelConnectionPool):
                 await sentinel.aclose()
 
 
-class _BlockingSentinelPool(_SentinelPool, redis.asyncio.BlockingConnectionPool):
-    pass
-
-
-def _async_client(
-    settings: JobsSettings,
-    pool_class: type[redis.asyncio.ConnectionPool],
-    sentinel_pool_class: type[_SentinelPool],
-    options: dict[str, Any],
-) -> redis.asyncio.Redis:
+def _async_connections(settings: JobsSettings) -> redis.asyncio.ConnectionPool:
+    """Makes connections; none of them is repeated here, nor looked after by redis-py once it is made."""
     url = settings.redis_url.get_secret_value()
+    options = _async_options(settings) | {"protocol": 2, "retry": AsyncRetry(NoBackoff(), 0)}
     service = sentinel_service(url)
     if service is None:
-        return redis.asyncio.Redis.from_pool(pool_class.from_url(url, **options))
+        return redis.asyncio.ConnectionPool.from_url(url, **options)
     sentinel: Any = redis.asyncio.sentinel.Sentinel(  # type: ignore[no-untyped-call]  # redis-py's
         service.sentinels, sentinel_kwargs=_sentinel_options(service, _async_options(settings))
     )
     login = {"username": service.username, "password": service.password, "db": service.db}
-    return redis.asyncio.Redis.from_pool(sentinel_pool_class(service.name, sentinel, **login, **options))
+    pool: redis.asyncio.ConnectionPool = _SentinelPool(  # type: ignore[no-untyped-call]  # redis-py's
+        service.name, sentinel, **login, **options
+    )
+    return pool
 
 
 def _sentinel_options(service: SentinelService, options: dict[str, Any]) -> dict[str, Any]:

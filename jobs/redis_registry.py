@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
 
 import redis
-import redis.asyncio
 
 from jobs.keys import Keys
 from jobs.model import WorkerId
+from jobs.multiplexed import MultiplexedClient
 from jobs.redis_connection import store_errors
 from jobs.registry import ALIVE_SECONDS, ModelCard, ServedModel
 from jobs.settings import JobsSettings
 
 
 class RedisModelDirectory:
-    """`jobs.registry.ModelDirectory` over an asyncio client."""
+    """`jobs.registry.ModelDirectory` over the client that all requests of the process share."""
 
-    def __init__(self, client: redis.asyncio.Redis, settings: JobsSettings) -> None:
+    def __init__(self, client: MultiplexedClient, settings: JobsSettings) -> None:
         self._client = client
         self._keys = Keys(settings.key_prefix)
 
     async def list_models(self, *, now: float) -> list[ServedModel]:
         with store_errors():
-            stored: Any = await self._client.hgetall(self._keys.models)
-            cards = [ModelCard.model_validate_json(text) for text in stored.values()]
-            pipeline = self._client.pipeline(transaction=False)
-            for card in cards:
-                pipeline.zcount(self._keys.beats(card.name), now - ALIVE_SECONDS, "+inf")
-            counts: list[Any] = await pipeline.execute()
-        return [ServedModel(card, int(count)) for card, count in zip(cards, counts, strict=True)]
+            stored = await self._client.call("HGETALL", self._keys.models)  # names and cards in turns
+            cards = [ModelCard.model_validate_json(text) for text in stored[1::2]]
+            counts = await asyncio.gather(*(self._num_beating(card.name, now) for card in cards))
+        return [ServedModel(card, count) for card, count in zip(cards, counts, strict=True)]
 
     async def tokenizer_json(self, digest: str) -> str | None:
         with store_errors():
-            text: Any = await self._client.get(self._keys.tokenizer(digest))
-        return text if text is None else str(text)
+            text: str | None = await self._client.call("GET", self._keys.tokenizer(digest))
+        return text
+
+    async def _num_beating(self, model: str, now: float) -> int:
+        count = await self._client.call("ZCOUNT", self._keys.beats(model), now - ALIVE_SECONDS, "+inf")
+        return int(count)
 
 
 class RedisModelAnnouncer:

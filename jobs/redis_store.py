@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import redis
-import redis.asyncio
 
 from jobs import scripts
 from jobs.errors import IdempotencyMismatch, QueueFull
@@ -14,6 +13,7 @@ from jobs.gathered_scripts import GatheredScripts
 from jobs.keys import Keys
 from jobs.message import MessageMaker
 from jobs.model import Failure, ItemResult, Job, JobId, LeaseToken, NewJob, ReplicaId, WorkerId
+from jobs.multiplexed import MultiplexedClient
 from jobs.record import (
     JOB_FIELDS,
     item_fields,
@@ -45,16 +45,16 @@ ITEMS_PER_SCRIPT = 500
 
 
 class RedisSubmissionStore:
-    """`jobs.store.SubmissionStore` over one asyncio client."""
+    """`jobs.store.SubmissionStore` over the client that all requests of the process share."""
 
-    def __init__(self, client: redis.asyncio.Redis, settings: JobsSettings, messages: MessageMaker) -> None:
+    def __init__(self, client: MultiplexedClient, settings: JobsSettings, messages: MessageMaker) -> None:
         self._client = client
         self._messages = messages
         self._keys = Keys(settings.key_prefix)
         self._ttl = settings.result_ttl_seconds
-        self._create = client.register_script(scripts.source("create"))
-        self._cancel = client.register_script(scripts.source("cancel"))
-        self._watch = client.register_script(scripts.source("watch"))
+        self._create = client.script("create")
+        self._cancel = client.script("cancel")
+        self._watch = client.script("watch")
 
     async def create(self, job: NewJob, *, max_open: int) -> Created:
         keys, job_key = self._keys, self._keys.job(job.id)
@@ -84,7 +84,7 @@ class RedisSubmissionStore:
     async def get(self, id: JobId, *, with_result: bool = False) -> Job | None:
         names = [*JOB_FIELDS, "result"] if with_result else [*JOB_FIELDS]
         with store_errors():
-            values: Any = await self._client.hmget(self._keys.job(id), names)
+            values: Any = await self._client.call("HMGET", self._keys.job(id), *names)
         record = dict(zip(names, values, strict=True))
         return to_job(record) if record["id"] else None
 
@@ -102,33 +102,30 @@ class RedisSubmissionStore:
 
     async def forget_replica(self, replica: ReplicaId) -> None:
         with store_errors():
-            await self._client.delete(self._keys.replies(replica))
+            await self._client.call("DEL", self._keys.replies(replica))
 
     async def ping(self) -> None:
         with store_errors():
-            await self._client.ping()
+            await self._client.call("PING")
 
     async def close(self) -> None:
         await self._client.aclose()
 
 
 class RedisReplyStream:
-    """`jobs.store.ReplyStream` over an asyncio client that does nothing else, for it blocks."""
+    """`jobs.store.ReplyStream` over a client that does nothing else, for it blocks."""
 
-    def __init__(self, client: redis.asyncio.Redis, settings: JobsSettings) -> None:
+    def __init__(self, client: MultiplexedClient, settings: JobsSettings) -> None:
         self._client = client
         self._keys = Keys(settings.key_prefix)
 
     async def read_replies(self, replica: ReplicaId, after: str, *, block_seconds: float) -> list[Reply]:
-        stream = self._keys.replies(replica)
+        stream, block = self._keys.replies(replica), max(1, int(block_seconds * 1000))
         with store_errors():
-            reply = await self._client.xread(
-                {stream: after}, count=REPLIES_PER_READ, block=max(1, int(block_seconds * 1000))
+            reply = await self._client.call(
+                "XREAD", "COUNT", REPLIES_PER_READ, "BLOCK", block, "STREAMS", stream, after
             )
-        return [
-            Reply(position=position, id=JobId(entry["id"]), state=JobState(entry["state"]))
-            for position, entry in _entries(reply)
-        ]
+        return [_reply(position, entry) for position, entry in reply[0][1]] if reply else []
 
 
 class RedisAttemptStore:
@@ -249,6 +246,12 @@ def _created(job: NewJob, reply: list[Any], max_open: int) -> Created:
             raise IdempotencyMismatch(f"the idempotency key was used for job {reply[1]} with another body")
         case _:
             raise QueueFull(job.queue, int(reply[1]), max_open)
+
+
+def _reply(position: str, entry: list[str]) -> Reply:
+    """`entry` holds names and values in turns."""
+    fields = dict(zip(entry[::2], entry[1::2], strict=True))
+    return Reply(position=position, id=JobId(fields["id"]), state=JobState(fields["state"]))
 
 
 def _entries(reply: Any) -> list[tuple[str, dict[str, str]]]:

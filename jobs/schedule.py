@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import redis
-import redis.asyncio
 
 from jobs import scripts
 from jobs.keys import Keys
+from jobs.multiplexed import MultiplexedClient
 from jobs.redis_connection import store_errors
 from jobs.settings import JobsSettings
 
@@ -67,9 +67,9 @@ class RedisSchedule:
 
 
 class RedisAsyncSchedule:
-    def __init__(self, client: redis.asyncio.Redis, settings: JobsSettings) -> None:
+    def __init__(self, client: MultiplexedClient, settings: JobsSettings) -> None:
         self._call = _Call(settings)
-        self._advance = client.register_script(scripts.source("advance"))
+        self._advance = client.script("advance")
 
     async def advance(self, *, now: float) -> Advance:
         with store_errors():

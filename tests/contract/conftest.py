@@ -14,7 +14,7 @@ from jobs.memory_store import MemorySchedule, MemoryStore
 from jobs.message import MessageMaker
 from jobs.model import JobId
 from jobs.queue import create_celery
-from jobs.redis_connection import connect, connect_async
+from jobs.redis_connection import connect, connect_async, connect_reader
 from jobs.redis_registry import RedisModelAnnouncer, RedisModelDirectory
 from jobs.redis_store import RedisAttemptStore, RedisReplyStream, RedisSubmissionStore
 from jobs.registry import ModelAnnouncer, ModelDirectory
@@ -69,11 +69,11 @@ async def stores(request: pytest.FixtureRequest) -> AsyncIterator[Stores]:
     )
     keys = Keys(settings.key_prefix)
     client: Any = connect(settings)
-    async_client = connect_async(settings)
+    async_client, reading = connect_async(settings), connect_reader(settings, block_seconds=10)
     client.flushdb()
     yield Stores(
         RedisSubmissionStore(async_client, settings, MessageMaker(create_celery(settings), SystemClock())),
-        RedisReplyStream(async_client, settings),
+        RedisReplyStream(reading, settings),
         RedisAttemptStore(client, settings),
         RedisModelDirectory(async_client, settings),
         RedisModelAnnouncer(client, settings),
@@ -85,5 +85,6 @@ async def stores(request: pytest.FixtureRequest) -> AsyncIterator[Stores]:
             for message in reversed(client.lrange(keys.broker_queue(queue)[0], 0, -1))
         ],
     )
+    await reading.aclose()
     await async_client.aclose()
     client.close()

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 from collections.abc import Iterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +53,7 @@ class Broker:
         """As the API does it: each job and its message in one act."""
 
         async def create_all() -> None:
-            client = connect_async(self.settings)
-            async with client:
+            async with aclosing(connect_async(self.settings)) as client:
                 store = RedisSubmissionStore(client, self.settings, self._messages)
                 for job in jobs:
                     await store.create(job, max_open=10)
