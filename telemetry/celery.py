@@ -12,7 +12,8 @@ outside:
     send_task ──▶ before_task_publish     span opens, context goes into the headers
         │                                 (kept as it is where the message already has one)
         └─ returns or raises ───────────▶ span ends, always in the caller's thread
-                                           (inside `sending`: with that block)
+                                           (inside `sending`: with that block; so does that of a
+                                           message that `jobs.message` makes without `send_task`)
     task_prerun ──▶ body ──▶ task_failure, task_retry ──▶ task_postrun
 """
 
@@ -28,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from celery import Celery, current_task
+from celery import Celery, current_app, current_task
 from opentelemetry import context as context_api
 from opentelemetry import propagate, trace
 from opentelemetry.context import Context
@@ -119,6 +120,14 @@ def sending() -> Iterator[Sending]:
             span.end()
 
 
+def _end(span: Span) -> None:
+    """With the block of `sending`, or at once."""
+    if (block := _sending.get()) is not None:
+        block.spans.append(span)
+    else:
+        span.end()
+
+
 @dataclass
 class _Publish:
     """One call of `send_task`; `span` and `activation` are there from `before_task_publish` on."""
@@ -137,10 +146,7 @@ class _Publish:
         if self.activation is None:
             return
         self.activation.__exit__(None, None, None)
-        if (block := _sending.get()) is not None:
-            block.spans.append(self.span)
-        else:
-            self.span.end()
+        _end(self.span)
 
 
 @dataclass
@@ -186,9 +192,9 @@ class _CorrectedInstrumentor(CeleryInstrumentor):
 
     def _trace_before_publish(self, *args: Any, **kwargs: Any) -> None:
         headers = kwargs.get("headers")
-        publish = _publish.get()
-        if publish is None or not isinstance(headers, dict):
+        if not isinstance(headers, dict):
             return
+        publish = _publish.get() or _Publish(time.time_ns(), _broker_attributes(current_app))
         queue = kwargs.get("routing_key") or kwargs.get("exchange") or "unknown"
         creation = _existing_creation_context(headers)
         span = self._tracer.start_span(
@@ -204,8 +210,11 @@ class _CorrectedInstrumentor(CeleryInstrumentor):
             },
             start_time=publish.started_at_ns,
         )
-        publish.open(span)
-        propagate.inject(headers, context=creation)
+        propagate.inject(headers, context=creation or trace.set_span_in_context(span))
+        if _publish.get() is publish:
+            publish.open(span)
+        else:  # a message that its maker announces without `send_task`
+            _end(span)
 
     @staticmethod
     def _trace_after_publish(*args: Any, **kwargs: Any) -> None:
