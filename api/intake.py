@@ -83,7 +83,7 @@ class Intake:
     async def _new_job(
         self, request: Request, document: dict[str, object], body: CompletionBody, *, priority: Priority
     ) -> NewJob:
-        route = request.url.path
+        route = request.scope["path"]
         key = read_idempotency_key(request.headers)
         card = (await self.catalog.served(body.model)).card
         return NewJob(

@@ -194,7 +194,9 @@ class _CorrectedInstrumentor(CeleryInstrumentor):
         headers = kwargs.get("headers")
         if not isinstance(headers, dict):
             return
-        publish = _publish.get() or _Publish(time.time_ns(), _broker_attributes(current_app))
+        publish = _publish.get() or _Publish(
+            time.time_ns(), _broker_attributes(current_app._get_current_object())
+        )
         queue = kwargs.get("routing_key") or kwargs.get("exchange") or "unknown"
         creation = _existing_creation_context(headers)
         span = self._tracer.start_span(
@@ -262,12 +264,16 @@ class _CorrectedInstrumentor(CeleryInstrumentor):
             _fail_delivery(error)
 
 
+def _new_publish(app: Celery) -> _Publish:
+    return _Publish(time.time_ns(), _broker_attributes(app))
+
+
 def _observed(send_task: Callable[..., Any]) -> Callable[..., Any]:
     """`Celery.send_task`, through which every message goes, with its span ended however it is left."""
 
     @functools.wraps(send_task)
     def observed(app: Celery, *args: Any, **kwargs: Any) -> Any:
-        publish = _Publish(time.time_ns(), _broker_attributes(app))
+        publish = _new_publish(app)
         token = _publish.set(publish)
         try:
             return send_task(app, *args, **kwargs)
@@ -321,12 +327,12 @@ def _message_attributes(
     }
 
 
+@functools.lru_cache(8)
 def _broker_attributes(app: Celery) -> dict[str, AttributeValue]:
-    """Of the first of several brokers."""
+    """Of the first of several brokers; an app that has sent something keeps its broker."""
     return _address_attributes(str(app.conf.broker_write_url or app.conf.broker_url or ""))
 
 
-@functools.lru_cache(8)
 def _address_attributes(urls: str) -> dict[str, AttributeValue]:
     """Where the broker listens; nothing for a socket in the file system, which is no address."""
     try:

@@ -13,6 +13,7 @@ from api.errors import DeadlineExceeded, JobCancelled, JobFailed, JobLost, WaitT
 from api.preferences import Preferences, read_preferences
 from api.presentation import completion_object
 from api.replies import ERRORS, job_headers, job_reply, json_reply
+from api.routes.direct import DirectRoute
 from api.schemas import CompletionBody, CompletionObject, JobObject
 from api.services import Ready, Services
 from api.submission import Accepted
@@ -28,7 +29,7 @@ FETCH_PAUSE_SECONDS = 0.25
 CLIENT_CLOSED_REQUEST = 499
 """Read by nobody but logs and spans."""
 
-router = APIRouter(prefix="/v1/completions", tags=["completions"])
+router = APIRouter(prefix="/v1/completions", tags=["completions"], route_class=DirectRoute)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +162,7 @@ async def _watch_client(request: Request) -> AsyncIterator[asyncio.Future[None]]
     try:
         yield task
     finally:
-        task.cancel()
-        await asyncio.wait({task})
+        task.cancel()  # and not waited for: a turn of the loop for each request
 
 
 async def _hang_up(request: Request) -> None:

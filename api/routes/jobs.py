@@ -11,6 +11,7 @@ from api.errors import JobLost, JobNotFound, NoResult, NotCancellable
 from api.preferences import Preferences, read_preferences, read_wait
 from api.presentation import as_submitted, completion_object, has_output, job_object
 from api.replies import ERRORS, cacheable_job_reply, job_headers, job_reply, json_reply
+from api.routes.direct import DirectRoute
 from api.schemas import CompletionObject, JobBody, JobObject
 from api.services import Ready, Services
 from api.submission import Accepted
@@ -27,13 +28,6 @@ RawJobId = Annotated[str, Path(alias="id")]
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 
-@router.post(
-    "",
-    status_code=202,
-    response_model=JobObject,
-    responses={200: {"model": JobObject, "description": "Done within the wait"}, **ERRORS},
-    openapi_extra={"requestBody": {"content": {"application/json": {"schema": JobBody.model_json_schema()}}}},
-)
 async def submit(request: Request, services: Ready) -> Response:
     """Store and enqueue a job. 202 says that it will be run, whatever happens to this process."""
     preferences = read_preferences(request.headers)
@@ -49,6 +43,18 @@ async def submit(request: Request, services: Ready) -> Response:
     if job is None:
         raise JobLost(accepted.id)
     return job_reply(job, headers, services.trace_links)
+
+
+router.add_api_route(
+    "",
+    submit,
+    methods=["POST"],
+    route_class_override=DirectRoute,
+    status_code=202,
+    response_model=JobObject,
+    responses={200: {"model": JobObject, "description": "Done within the wait"}, **ERRORS},
+    openapi_extra={"requestBody": {"content": {"application/json": {"schema": JobBody.model_json_schema()}}}},
+)
 
 
 @router.get("/{id}", response_model=JobObject, responses={**ERRORS})
