@@ -88,14 +88,14 @@ def trace_url_template(text: str) -> str:
         raise click.BadParameter(f"{text!r} {error}") from error
 
 
-_ONE_HOST = url("redis", "rediss", "unix", "sentinel")
+_ONE_HOST = url("redis", "rediss", "unix", "sentinel", "sentinels")
 
 
 def redis_url(text: str) -> str:
     """An option type: where a Redis is."""
-    from jobs.redis_url import checked, without_password
+    from jobs.redis_url import SENTINEL_SCHEMES, checked, without_password
 
-    if not text.startswith("sentinel://"):  # those name several hosts
+    if text.partition("://")[0] not in SENTINEL_SCHEMES:  # those name several hosts
         text = _ONE_HOST(text)
     try:
         return checked(text)
@@ -132,7 +132,7 @@ def redis_option(command: Command) -> Command:
     return click.option(
         "--redis-url", type=REDIS_URL, metavar="URL",
         help="A Redis 6.2 or newer: redis://host:port/db, rediss://…, unix:///path or "
-        "sentinel://host:port,host:port/service. Also THROUGHLINE_REDIS_URL or REDIS_URL.",
+        "sentinel[s]://host:port,host:port/service. Also THROUGHLINE_REDIS_URL or REDIS_URL.",
     )(command)  # fmt: skip
 
 

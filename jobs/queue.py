@@ -33,10 +33,10 @@ def create_celery(settings: JobsSettings) -> Celery:
 
     Every process on one Redis must use the same visibility timeout (the shortest wins), hence one function.
     """
-    app = Celery(
-        "throughline", broker=redis_url.broker_url(settings.redis_url.get_secret_value()), backend=None
-    )
+    url = settings.redis_url.get_secret_value()
+    app = Celery("throughline", broker=redis_url.broker_url(url), backend=None)
     app.conf.update(
+        broker_use_ssl=redis_url.broker_tls(url) or False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_transport_options=transport_options(settings),

@@ -62,10 +62,11 @@ def connect_to(url: str, **options: Any) -> redis.Redis:
     if service is None:
         return redis.Redis.from_url(url, decode_responses=True, **options)
     sentinel: Any = redis.sentinel.Sentinel(  # type: ignore[no-untyped-call]  # redis-py's
-        service.sentinels, sentinel_kwargs=_sentinel_options(service, options)
+        service.sentinels, sentinel_kwargs=_sentinel_options(service, options, Retry(NoBackoff(), 0))
     )
-    login = {"username": service.username, "password": service.password, "db": service.db}
-    client: redis.Redis = sentinel.master_for(service.name, decode_responses=True, **login, **options)
+    client: redis.Redis = sentinel.master_for(
+        service.name, decode_responses=True, **service.primary_options, **options
+    )
     return client
 
 
@@ -106,19 +107,23 @@ def _async_connections(settings: JobsSettings) -> redis.asyncio.ConnectionPool:
     if service is None:
         return redis.asyncio.ConnectionPool.from_url(url, **options)
     sentinel: Any = redis.asyncio.sentinel.Sentinel(  # type: ignore[no-untyped-call]  # redis-py's
-        service.sentinels, sentinel_kwargs=_sentinel_options(service, _async_options(settings))
+        service.sentinels, sentinel_kwargs=_sentinel_options(service, options, options["retry"])
     )
-    login = {"username": service.username, "password": service.password, "db": service.db}
     pool: redis.asyncio.ConnectionPool = _SentinelPool(  # type: ignore[no-untyped-call]  # redis-py's
-        service.name, sentinel, **login, **options
+        service.name, sentinel, **service.primary_options, **options
     )
     return pool
 
 
-def _sentinel_options(service: SentinelService, options: dict[str, Any]) -> dict[str, Any]:
-    """Of a connection to a Sentinel: the time limits of those to the primary, and its own login."""
+def _sentinel_options(
+    service: SentinelService, options: dict[str, Any], retry: Retry | AsyncRetry
+) -> dict[str, Any]:
+    """Of a connection to a Sentinel: the time limits of those to the primary, its own login and TLS.
+
+    One try each, for the next Sentinel may answer, and callers repeat; redis-py would try ten times.
+    """
     limits = {name: value for name, value in options.items() if name.startswith("socket_")}
-    return {**limits, **service.sentinel_login}
+    return {**limits, "retry": retry, **service.sentinel_options}
 
 
 def _async_options(settings: JobsSettings) -> dict[str, Any]:

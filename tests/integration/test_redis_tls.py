@@ -16,8 +16,11 @@ from jobs.queue import CeleryPublisher, create_celery
 from jobs.redis_connection import connect, connect_async, store_errors
 from jobs.settings import JobsSettings
 from jobs.states import JobState
+from tests.support.api_process import running_api
 from tests.support.model_folders import make_model_folder
-from tests.support.queue_lab import lab_on
+from tests.support.processes import wait_until
+from tests.support.queue_lab import MODEL, lab_on
+from tests.support.sentinel import running_sentinel
 from tests.support.tcp_proxy import TcpProxy
 from tests.support.valkey import ValkeyServer, running_valkey
 
@@ -82,3 +85,38 @@ async def test_server_with_a_certificate_that_nobody_vouches_for_is_refused_by_s
 
     client.close()
     await async_client.aclose()
+
+
+@pytest.mark.slow
+async def test_job_runs_when_sentinels_and_the_primary_they_name_are_reached_over_tls(
+    certificate: Path, tmp_path: Path
+) -> None:
+    make_model_folder("llama", tmp_path / "llama")
+    with (
+        running_sentinel(certificate) as cluster,
+        lab_on(cluster.primary, cluster.url, tmp_path / "llama", tmp_path) as lab,
+    ):
+        worker = lab.start_worker()
+        with running_api(lab.environment, tmp_path / "api.log") as api:
+            wait_until(lambda: api.get("/health/ready").is_success, timeout_seconds=20, what="a worker")
+            body = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 3}
+            assert api.post("/v1/completions", json=body).status_code == 200, worker.log()
+
+
+async def test_sentinel_with_a_certificate_that_nobody_vouches_for_is_refused_by_store_and_broker(
+    certificate: Path,
+) -> None:
+    with running_sentinel(certificate) as cluster:
+        url = cluster.url.partition("?")[0]
+        settings = JobsSettings(redis_url=SecretStr(url), socket_timeout_seconds=2)
+        client, async_client = connect(settings), connect_async(settings)
+
+        with pytest.raises(StoreUnavailable), store_errors():
+            client.ping()
+        with pytest.raises(StoreUnavailable), store_errors():
+            await async_client.call("PING")
+        with pytest.raises(StoreUnavailable):
+            CeleryPublisher(create_celery(settings)).publish(new_job_id(), "m.batch", enqueued_at_ns=1)
+
+        client.close()
+        await async_client.aclose()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import ssl
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import redis
 
 from cli.stack import leash, redis_server
 from tests.support.processes import wait_until
+from tests.support.tcp_proxy import TcpProxy
 from tests.support.valkey import ValkeyServer, free_port
 
 NAME = "main"
@@ -37,16 +39,27 @@ class SentinelCluster:
 
 
 @contextmanager
-def running_sentinel() -> Iterator[SentinelCluster]:
+def running_sentinel(certificate: Path | None = None) -> Iterator[SentinelCluster]:
+    """With a certificate (and its key, in one file) Sentinel and primary are reached over TLS."""
     with ExitStack() as stack:
         primary = stack.enter_context(_server())
-        port = _port(primary)
+        port = _port(primary) if certificate is None else _over_tls(stack, certificate, _port(primary))
         replica = stack.enter_context(_server("--replicaof", "127.0.0.1", str(port)))
         sentinel_port = free_port()
         stack.enter_context(_sentinel(sentinel_port, port))
         url = f"sentinel://:{QUOTED_PASSWORD}@127.0.0.1:{sentinel_port}/{NAME}/0"
+        if certificate is not None:
+            shown_port = _over_tls(stack, certificate, sentinel_port)
+            url = f"sentinels://:{QUOTED_PASSWORD}@127.0.0.1:{shown_port}/{NAME}/0?ssl_ca_certs={certificate}"
         _wait_for_replica(sentinel_port)
         yield SentinelCluster(primary, replica, url)
+
+
+def _over_tls(stack: ExitStack, certificate: Path, port: int) -> int:
+    """Of a proxy before `port`. Servers that speak to one another without TLS are let through."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate)
+    return stack.enter_context(TcpProxy(port, tls=context)).port
 
 
 @contextmanager

@@ -19,13 +19,15 @@ import threading
 from types import TracebackType
 
 _CHUNK_BYTES = 65536
+_HANDSHAKE = b"\x16"
+"""The first byte of TLS."""
 
 
 class TcpProxy:
     """Listens on a loopback port from `__enter__` to `__exit__`, in a thread of its own."""
 
     def __init__(self, target_port: int, *, tls: ssl.SSLContext | None = None) -> None:
-        """With `tls` it speaks that to its clients, for a target that cannot."""
+        """With `tls` it speaks that, for a target that cannot, to those who begin with it."""
         self._target_port = target_port
         self._tls = tls
         self._loop = asyncio.new_event_loop()
@@ -34,8 +36,10 @@ class TcpProxy:
         self._tasks: set[asyncio.Task[None]] = set()
         self._delay_seconds = 0.0
         self._is_frozen = False
-        self._server: asyncio.Server | None = None
-        self.port = 0
+        self._greetings: set[asyncio.Future[None]] = set()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.setblocking(False)
+        self.port = int(self._listener.getsockname()[1])
 
     def __enter__(self) -> TcpProxy:
         self._thread.start()
@@ -74,12 +78,35 @@ class TcpProxy:
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)  # type: ignore[arg-type]
 
     async def _listen(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self._tls)
-        self.port = int(self._server.sockets[0].getsockname()[1])
+        self._listener.listen()
+        self._accepting = asyncio.ensure_future(self._accept())
+
+    async def _accept(self) -> None:
+        while True:
+            accepted, _ = await self._loop.sock_accept(self._listener)
+            if self._tls is None:
+                await self._greet(accepted, None)
+            else:
+                self._loop.add_reader(accepted, self._look_at_first_byte, accepted)
+
+    def _look_at_first_byte(self, accepted: socket.socket) -> None:
+        self._loop.remove_reader(accepted)
+        with contextlib.suppress(OSError):
+            is_tls = accepted.recv(1, socket.MSG_PEEK) == _HANDSHAKE
+            self._greetings.add(asyncio.ensure_future(self._greet(accepted, self._tls if is_tls else None)))
+
+    async def _greet(self, accepted: socket.socket, tls: ssl.SSLContext | None) -> None:
+        reader = asyncio.StreamReader()
+        with contextlib.suppress(OSError):  # a client that refuses our certificate, or left
+            await self._loop.connect_accepted_socket(
+                lambda: asyncio.StreamReaderProtocol(reader, self._serve), accepted, ssl=tls
+            )
 
     async def _close(self) -> None:
-        assert self._server is not None
-        self._server.close()
+        for task in (self._accepting, *self._greetings):
+            task.cancel()
+        await asyncio.gather(self._accepting, *self._greetings, return_exceptions=True)
+        self._listener.close()
         await self._reset_all()
         tasks = list(self._tasks)
         for task in tasks:

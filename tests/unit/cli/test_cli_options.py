@@ -44,7 +44,8 @@ def refusal(*arguments: str) -> str:
         (["up", "--trace-slow-steps", "inf"], "'--trace-slow-steps': inf is not a finite number"),
         (
             ["up", "--redis-url", "http://x"],
-            "'--redis-url': 'http://x' must begin with redis:// or rediss:// or unix:// or sentinel://",
+            "'--redis-url': 'http://x' must begin with redis:// or rediss:// or unix:// or sentinel:// "
+            "or sentinels://",
         ),
         (["up", "--redis-url", "redis://h:0"], "'redis://h:0' names no host, or no valid port (1-65535)"),
         (["up", "--redis-url", "redis://h:99999"], "names no host, or no valid port"),

@@ -7,6 +7,7 @@ from jobs.errors import SettingsError
 from jobs.redis_url import (
     SentinelService,
     broker_options,
+    broker_tls,
     broker_url,
     checked,
     sentinel_service,
@@ -33,7 +34,30 @@ def test_sentinel_url_needs_no_more_than_a_host_and_a_service() -> None:
     service = sentinel_service("sentinel://one/prime")
 
     assert service == SentinelService((("one", 26379),), "prime")
-    assert service.sentinel_login == {}
+    assert service.sentinel_options == {}
+
+
+def test_sentinels_over_tls_ask_for_a_valid_certificate_unless_told_otherwise() -> None:
+    service = sentinel_service("sentinels://one/prime?sentinel_password=s&ssl_ca_certs=/ca.pem")
+    trusting = sentinel_service("sentinels://one/prime?ssl_cert_reqs=none&ssl_check_hostname=false")
+
+    assert service is not None
+    tls = {"ssl_cert_reqs": "required", "ssl_ca_certs": "/ca.pem"}
+    assert service.sentinel_options == {"password": "s", "ssl": True, **tls}
+    assert service.primary_options == {"username": None, "password": None, "db": 0, "ssl": True, **tls}
+    assert trusting is not None
+    assert trusting.tls == {"ssl_cert_reqs": "none", "ssl_check_hostname": False}
+
+
+def test_broker_is_told_of_tls_to_the_sentinels_and_to_the_primary() -> None:
+    url = "sentinels://one,two/prime?ssl_ca_certs=/ca.pem"
+    tls = {"ssl_cert_reqs": "required", "ssl_ca_certs": "/ca.pem"}
+
+    assert broker_url(url) == "sentinel://one:26379/0;sentinel://two:26379/0"
+    assert broker_options(url) == {"master_name": "prime", "sentinel_kwargs": {"ssl": True, **tls}}
+    assert broker_tls(url) == tls
+    assert broker_tls(SENTINELS) is None
+    assert broker_tls("rediss://one/0") is None
 
 
 def test_passwords_are_in_no_text_of_a_service_or_url() -> None:
@@ -77,7 +101,7 @@ def test_broker_gets_the_same_server_in_kombus_words_and_checks_certificates(url
 @pytest.mark.parametrize(
     ("url", "rule"),
     [
-        ("http://h", "must begin with redis://, rediss://, unix:// or sentinel://"),
+        ("http://h", "must begin with redis://, rediss://, unix://, sentinel:// or sentinels://"),
         ("h:6379", "must begin with"),
         ("redis://h:99999/0", "a port from 1 to 65535"),
         ("rediss://h/0?ssl_cert_reqs=never", "none, optional or required as ssl_cert_reqs"),
@@ -85,6 +109,8 @@ def test_broker_gets_the_same_server_in_kombus_words_and_checks_certificates(url
         ("sentinel://h/prime/x", "a db that is no number"),
         ("sentinel://h:0x1/prime", "one of its ports is none"),
         ("sentinel://a,,b/prime", "one of its hosts is empty"),
+        ("sentinels://h/prime?ssl_cert_reqs=never", "none, optional or required as ssl_cert_reqs"),
+        ("sentinel://h/prime?ssl_ca_certs=/ca.pem", "no options but sentinel_username and"),
         ("sentinel://h/prime?master=x", "no options but sentinel_username and sentinel_password, not master"),
     ],
 )
