@@ -1,7 +1,7 @@
 """The message of a job as Celery and kombu make it, for a store that keeps it with the job in one act.
 
-    once a queue     create_task_message ──▶ kombu ──▶ a channel that keeps what it should send ──▶ a model
-    once a message   the model ──▶ before_task_publish (the send span, whose context goes into the headers)
+    once a queue     create_task_message ──▶ kombu ──▶ a channel that keeps what it should send ──▶ a form
+    once a message   the form ──▶ before_task_publish (the send span, whose context goes into the headers)
                          └──▶ QueueMessage ──▶ create.lua
 
 Messages of one queue differ in the job's id, their stamps and what the signals' receivers put into them. To
@@ -36,7 +36,7 @@ _Transport: Any = virtual.Transport
 _Connection: Any = Connection
 _dumps: Any = dumps
 
-_ANY_ID = JobId("job_of_the_model")
+_ANY_ID = JobId("job_of_the_form")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +55,21 @@ class MessageMaker:
         self._app: Any = app  # celery is untyped
         self._clock = clock
         self._events = SentEvents(app)
-        self._models: dict[str, _Model] = {}
+        self._forms: dict[str, _Form] = {}
 
     def make(self, id: JobId, queue: str) -> QueueMessage:
         """The message, whose queue wait begins now. Whoever has stored it calls `tell_sent`."""
-        model = self._models.get(queue)
-        if model is None:
-            model = self._models[queue] = _Model(self._app, queue)
-        return model.message(id, enqueued_at_ns=int(self._clock.now() * 1e9))
+        form = self._forms.get(queue)
+        if form is None:
+            form = self._forms[queue] = _Form(self._app, queue)
+        return form.message(id, enqueued_at_ns=int(self._clock.now() * 1e9))
 
     def tell_sent(self, message: QueueMessage) -> None:
         """Those who watch Celery's events hear of the message."""
         self._events.publish(*message.sent_event, None)
 
 
-class _Model:
+class _Form:
     """What the messages of one queue have in common, and where the job's id stands in them."""
 
     def __init__(self, app: Any, queue: str) -> None:
@@ -132,16 +132,16 @@ class _Model:
 class _Fields:
     """Some of whose texts hold the job's id."""
 
-    def __init__(self, model: Mapping[str, Any]) -> None:
-        self._model = model
+    def __init__(self, form: Mapping[str, Any]) -> None:
+        self._fields = form
         self._around_id = {
             name: value.split(_ANY_ID)
-            for name, value in model.items()
+            for name, value in form.items()
             if isinstance(value, str) and _ANY_ID in value
         }
 
     def of(self, id: JobId) -> dict[str, Any]:
-        fields = dict(self._model)
+        fields = dict(self._fields)
         for name, parts in self._around_id.items():
             fields[name] = id.join(parts)
         return fields
