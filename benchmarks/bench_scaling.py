@@ -33,8 +33,10 @@ from rich.table import Table
 from benchmarks.measure import positive
 from benchmarks.noop.fleet import Fleet, running_fleet
 from benchmarks.noop.http_client import HttpConnection
+from jobs.clock import SystemClock
+from jobs.message import MessageMaker
 from jobs.model import JobRequest, NewJob, Prompt, new_job_id
-from jobs.queue import CeleryPublisher, create_celery
+from jobs.queue import create_celery
 from jobs.redis_connection import connect_async
 from jobs.redis_store import RedisSubmissionStore
 
@@ -174,20 +176,18 @@ def cpu_by_role(fleet: Fleet) -> dict[str, float]:
 
 def fill(fleet: Fleet, num_jobs: int, num_tokens: int) -> None:
     """Store and publish as the API does, to each model in turn."""
-    publisher = CeleryPublisher(create_celery(fleet.settings))
-    for job in asyncio.run(store_jobs(fleet, num_jobs, num_tokens)):
-        publisher.publish(job.id, job.queue, enqueued_at_ns=time.time_ns())
+    asyncio.run(store_jobs(fleet, num_jobs, num_tokens))
 
 
-async def store_jobs(fleet: Fleet, num_jobs: int, num_tokens: int) -> list[NewJob]:
+async def store_jobs(fleet: Fleet, num_jobs: int, num_tokens: int) -> None:
     client = connect_async(fleet.settings)
-    store = RedisSubmissionStore(client, fleet.settings)
+    messages = MessageMaker(create_celery(fleet.settings), SystemClock())
+    store = RedisSubmissionStore(client, fleet.settings, messages)
     queues = fleet.queues
     jobs = [new_job(queues[number % len(queues)], num_tokens) for number in range(num_jobs)]
     for job in jobs:
         await store.create(job, max_open=MAX_OPEN)
     await client.aclose()
-    return jobs
 
 
 def new_job(queue: str, num_tokens: int) -> NewJob:
