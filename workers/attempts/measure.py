@@ -13,11 +13,15 @@ from jobs.model import PRIORITIES, Failure
 from jobs.states import JobState
 from jobs.store import Claim, RenewOutcome, Settlement, SettleOutcome
 from telemetry import metrics, names
+from telemetry.series import Labelled, Series
 from workers.attempts.result import failure_of
 from workers.delivery import Delivery
 from workers.engines.protocol import Outcome, Refused, StepTally
 
 Attributes = Mapping[str, str]
+
+Served = tuple[str, str | None]
+"""A queue, and the reason of what failed."""
 
 
 class WorkerMetrics:
@@ -31,27 +35,32 @@ class WorkerMetrics:
             names.GEN_AI_PROVIDER_NAME: names.PROVIDER,
             metrics.MODEL: model,
         }
-        self._request_duration = metrics.histogram(meter, metrics.REQUEST_DURATION)
-        self._time_to_first_token = metrics.histogram(meter, metrics.TIME_TO_FIRST_TOKEN)
-        self._time_per_output_token = metrics.histogram(meter, metrics.TIME_PER_OUTPUT_TOKEN)
-        self._input_tokens = metrics.counter(meter, metrics.INPUT_TOKENS)
-        self._output_tokens = metrics.counter(meter, metrics.OUTPUT_TOKENS)
-        self._cached_tokens = metrics.counter(meter, metrics.CACHED_TOKENS)
-        self._queue_wait = metrics.histogram(meter, metrics.QUEUE_WAIT)
-        self._attempts = metrics.counter(meter, metrics.ATTEMPTS)
+        made = self._generation | {metrics.MODALITY: "text"}
+        self._request_duration = Labelled(metrics.histogram(meter, metrics.REQUEST_DURATION), self._served)
+        self._time_to_first_token = Labelled(
+            metrics.histogram(meter, metrics.TIME_TO_FIRST_TOKEN), self._served
+        )
+        self._time_per_output_token = Labelled(
+            metrics.histogram(meter, metrics.TIME_PER_OUTPUT_TOKEN), self._served
+        )
+        self._input_tokens = Series(metrics.counter(meter, metrics.INPUT_TOKENS), made)
+        self._output_tokens = Series(metrics.counter(meter, metrics.OUTPUT_TOKENS), made)
+        self._cached_tokens = Series(metrics.counter(meter, metrics.CACHED_TOKENS), made)
+        self._queue_wait = Labelled(metrics.histogram(meter, metrics.QUEUE_WAIT), queue_attributes)
+        self._attempts = Labelled(metrics.counter(meter, metrics.ATTEMPTS), _attempt_attributes)
         self._renewals = metrics.counter(meter, metrics.LEASE_RENEWALS)
         self._republished = metrics.counter(meter, metrics.JOBS_REPUBLISHED)
-        self._step_duration = metrics.histogram(meter, metrics.STEP_DURATION)
-        self._preemptions = metrics.counter(meter, metrics.PREEMPTIONS)
-        self._proposed_tokens = metrics.counter(meter, metrics.PROPOSED_TOKENS)
-        self._accepted_tokens = metrics.counter(meter, metrics.ACCEPTED_TOKENS)
+        self._step_duration = Series(metrics.histogram(meter, metrics.STEP_DURATION), self._model)
+        self._preemptions = Series(metrics.counter(meter, metrics.PREEMPTIONS), self._model)
+        self._proposed_tokens = Series(metrics.counter(meter, metrics.PROPOSED_TOKENS), self._model)
+        self._accepted_tokens = Series(metrics.counter(meter, metrics.ACCEPTED_TOKENS), self._model)
 
     def claimed(self, delivery: Delivery, claim: Claim, received_at_ns: int) -> None:
         self._count_lost(delivery, claim)
         if delivery.enqueued_at_ns is not None:
             published_at_ns = max(delivery.enqueued_at_ns, round((claim.published_at or 0.0) * 1e9))
             waited = max(0.0, (received_at_ns - published_at_ns) / 1e9)
-            self._queue_wait.record(waited, queue_attributes(delivery.queue))
+            self._queue_wait[delivery.queue].add(waited)
 
     def dropped(self, delivery: Delivery, claim: Claim) -> None:
         self._count_lost(delivery, claim)
@@ -95,10 +104,10 @@ class WorkerMetrics:
 
     def stepped(self, tally: StepTally) -> None:
         for seconds in tally.durations_seconds:
-            self._step_duration.record(seconds, self._model)
-        self._preemptions.add(tally.num_preempted, self._model)
-        self._proposed_tokens.add(tally.num_proposed_tokens, self._model)
-        self._accepted_tokens.add(tally.num_accepted_tokens, self._model)
+            self._step_duration.add(seconds)
+        self._preemptions.add(tally.num_preempted)
+        self._proposed_tokens.add(tally.num_proposed_tokens)
+        self._accepted_tokens.add(tally.num_accepted_tokens)
 
     def watch_engine(self, last_stats: Callable[[], StepStats | None]) -> None:
         """Show the state after the step told of last; nothing before the first."""
@@ -121,34 +130,34 @@ class WorkerMetrics:
         return read
 
     def _count_tokens(self, output: RequestOutput) -> None:
-        attributes = self._generation | {metrics.MODALITY: "text"}
-        self._input_tokens.add(output.usage.prompt_tokens, attributes)
-        self._output_tokens.add(output.usage.completion_tokens, attributes)
-        self._cached_tokens.add(output.usage.cached_tokens, attributes)
+        self._input_tokens.add(output.usage.prompt_tokens)
+        self._output_tokens.add(output.usage.completion_tokens)
+        self._cached_tokens.add(output.usage.cached_tokens)
 
     def _record_times(self, delivery: Delivery, output: RequestOutput) -> None:
-        served, phases = self._served(delivery), output.phases
+        served, phases = (delivery.queue, None), output.phases
         if (failure := failure_of(output)) is not None:
             self._record_error(delivery, phases.finished_at, failure.reason)
             return
         duration = _since_publishing(delivery, phases.finished_at, phases.arrived_at)
-        self._request_duration.record(duration, served)
+        self._request_duration[served].add(duration)
         if phases.first_token_at is None:
             return
         first = _since_publishing(delivery, phases.first_token_at, phases.arrived_at)
-        self._time_to_first_token.record(first, served)
+        self._time_to_first_token[served].add(first)
         # The sequences of one request decode side by side: the longest one sets the pace.
         num_later_tokens = max(len(completion.token_ids) for completion in output.completions) - 1
         if num_later_tokens > 0:
             seconds = phases.finished_at - phases.first_token_at
-            self._time_per_output_token.record(seconds / num_later_tokens, served)
+            self._time_per_output_token[served].add(seconds / num_later_tokens)
 
     def _record_error(self, delivery: Delivery, at: float, reason: str) -> None:
-        attributes = self._served(delivery) | {names.ERROR_TYPE: reason}
-        self._request_duration.record(_since_publishing(delivery, at), attributes)
+        self._request_duration[delivery.queue, reason].add(_since_publishing(delivery, at))
 
-    def _served(self, delivery: Delivery) -> dict[str, str]:
-        return self._generation | {metrics.PRIORITY: _priority(delivery.queue)}
+    def _served(self, served: Served) -> Attributes:
+        queue, reason = served
+        attributes = self._generation | {metrics.PRIORITY: _priority(queue)}
+        return attributes if reason is None else attributes | {names.ERROR_TYPE: reason}
 
     def _count_lost(self, delivery: Delivery, claim: Claim) -> None:
         """The attempt before, whose worker can count nothing any more."""
@@ -156,19 +165,19 @@ class WorkerMetrics:
             self._count_attempt(delivery, "lost", "worker_lost")
 
     def _count_attempt(self, delivery: Delivery, outcome: str, error_type: str | None = None) -> None:
-        attributes = queue_attributes(delivery.queue) | {metrics.OUTCOME: outcome}
-        if error_type is not None:
-            attributes[names.ERROR_TYPE] = error_type
-        self._attempts.add(1, attributes)
-
-
-SILENT = WorkerMetrics(NoOpMeter(metrics.METER), "")
-"""Counts nothing; for parts that are tried by themselves."""
+        self._attempts[delivery.queue, outcome, error_type].add(1)
 
 
 def queue_attributes(queue: str) -> dict[str, str]:
     """Model and priority, from a queue's name (`jobs.registry.queue_name`)."""
     return {metrics.MODEL: queue.rpartition(".")[0], metrics.PRIORITY: _priority(queue)}
+
+
+def _attempt_attributes(attempt: tuple[str, str, str | None]) -> Attributes:
+    """Of a queue, an outcome, and the reason of what failed."""
+    queue, outcome, reason = attempt
+    attributes = queue_attributes(queue) | {metrics.OUTCOME: outcome}
+    return attributes if reason is None else attributes | {names.ERROR_TYPE: reason}
 
 
 def _priority(queue: str) -> str:
@@ -182,3 +191,7 @@ def _since_publishing(delivery: Delivery, until: float, arrived_at: float | None
         return 0.0 if arrived_at is None else until - arrived_at
     seconds_ago = time.monotonic() - until
     return max(0.0, (time.time_ns() - delivery.enqueued_at_ns) / 1e9 - seconds_ago)
+
+
+SILENT = WorkerMetrics(NoOpMeter(metrics.METER), "")
+"""Counts nothing; for parts that are tried by themselves."""
