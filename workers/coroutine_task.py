@@ -9,10 +9,11 @@ not for such tasks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+from dataclasses import dataclass
 from time import monotonic
-from typing import Any
+from types import TracebackType
+from typing import Any, cast
 
 from billiard.einfo import ExceptionInfo
 from celery import Task, signals, states
@@ -25,6 +26,7 @@ class CoroutineTask(Task):  # type: ignore[misc]  # celery is untyped
     """Its `run` is an ordinary function that returns the coroutine to be awaited."""
 
     abstract = True
+    Strategy = "workers.broker.strategy:take_in"
 
 
 async def run_traced(task: CoroutineTask, id: str, fields: dict[str, Any]) -> tuple[int, Any, float]:
@@ -40,11 +42,11 @@ async def run_traced(task: CoroutineTask, id: str, fields: dict[str, Any]) -> tu
     """
     started_at = monotonic()
     args, kwargs = fields["args"], fields["kwargs"]
-    request = Context(fields, called_directly=False, is_eager=False)
+    request = Context(fields, called_directly=False, is_eager=False, headers=own_headers(fields))
     state, value, failure = None, None, None
     try:
         try:
-            with _current(task, request):
+            with _Current(task, request):
                 signals.task_prerun.send(sender=task, task_id=id, task=task, args=args, kwargs=kwargs)
                 body = task.run(*args, **kwargs)
             value = await body
@@ -58,7 +60,7 @@ async def run_traced(task: CoroutineTask, id: str, fields: dict[str, Any]) -> tu
             state, value = states.FAILURE, error
             failure = TraceInfo(state, error).handle_error_state(task, request)
     finally:
-        with _current(task, request):
+        with _Current(task, request):
             signals.task_postrun.send(
                 sender=task, task_id=id, task=task, args=args, kwargs=kwargs, retval=value, state=state
             )
@@ -66,11 +68,32 @@ async def run_traced(task: CoroutineTask, id: str, fields: dict[str, Any]) -> tu
     return (0, repr(value), seconds) if failure is None else (1, failure, seconds)
 
 
-@contextmanager
-def _current(task: CoroutineTask, request: Context) -> Iterator[None]:
+def own_headers(fields: dict[str, Any]) -> dict[str, Any] | None:
+    """The message's headers that are not Celery's, as its `Context` finds them; that makes a set of every
+    name it knows for each request.
+    """
+    if fields.get("headers") is not None:
+        return cast("dict[str, Any]", fields["headers"])
+    return {name: fields[name] for name in fields.keys() - _celery_names()} or None
+
+
+@functools.cache
+def _celery_names() -> frozenset[str]:
+    others = ("lang", "task", "argsrepr", "kwargsrepr", "compression", "called_directly", "is_eager")
+    return frozenset((*Context.__dict__, *others))
+
+
+@dataclass(slots=True)
+class _Current:
     """`task.request` is this one; nothing may be awaited inside."""
-    task.request_stack.push(request)
-    try:
-        yield
-    finally:
-        task.request_stack.pop()
+
+    task: CoroutineTask
+    request: Context
+
+    def __enter__(self) -> None:
+        self.task.request_stack.push(self.request)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.task.request_stack.pop()

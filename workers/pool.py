@@ -2,7 +2,7 @@
 
     consumer thread ──post──▶ ┌ event loop ────────────────────┐ ◀──post── engine's reader
                               │ task ▸ task ▸ task ▸ …         │ ══ gathered calls ══▶ store's thread
-                              └────────────────────────────────┘
+    consumer thread ◀─ended── └────────────────────────────────┘
 
 A waiting task is a coroutine, not a thread: a hundred threads that wake up for an instant each contend for
 the interpreter, which cost more than their work (docs/decisions/0010-attempts-on-one-event-loop.md). Tasks
@@ -11,6 +11,10 @@ whose body is an ordinary function run in threads, as in Celery's own pool.
 Celery's threads pool cannot stop a running task: revoke with terminate, time limits and soft shutdown all
 end in NotImplementedError. Here each task gets a handle, given to Celery in place of a process id, and
 whatever the task waits on can be ended early through it.
+
+What Celery does when a task has ended (acknowledge, tell watchers, forget the request) it does in its own
+thread, as with its pool of processes: for all that ended in one turn of the event loop, woken once. Woken for
+each, it takes the interpreter from the loop each time, and fetches messages one by one.
 """
 
 from __future__ import annotations
@@ -18,9 +22,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import Context, ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +33,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from billiard.exceptions import SoftTimeLimitExceeded
-from celery.concurrency.thread import ApplyResult, TaskPool
+from celery.concurrency.thread import TaskPool
 
 from workers.coroutine_task import CoroutineTask, run_traced
 from workers.event_loop import LoopThread
@@ -107,6 +112,8 @@ def _resolve(future: Future[Any], error: BaseException) -> None:
         future.set_exception(error)
 
 
+_UNLIMITED: AbstractContextManager[None] = nullcontext()
+
 _handle: ContextVar[TaskHandle | None] = ContextVar("throughline_task_handle", default=None)
 
 
@@ -115,7 +122,7 @@ def current_handle() -> TaskHandle:
     return _handle.get() or TaskHandle(0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Run:
     """One task as Celery's request hands it over."""
 
@@ -128,7 +135,28 @@ class _Run:
     timeout_callback: Callable[[bool, float], None] | None
     soft_seconds: float | None
     hard_seconds: float | None
-    ended: Future[None]
+    is_told: bool = False
+    """Celery knows of the end, where there is one to know of."""
+    error: Exception | None = None
+    """What came of the telling."""
+
+
+class _Result:
+    """A task's end, for who waits for it; nobody does but tests, so it costs nothing until then."""
+
+    __slots__ = ("__weakref__", "_changed", "_run")
+
+    def __init__(self, run: _Run, changed: threading.Condition) -> None:
+        self._run = run
+        self._changed = changed
+
+    def get(self, timeout: float | None = None) -> None:
+        """Raises: TimeoutError; or what was raised when Celery was told."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._run.is_told, timeout):
+                raise TimeoutError
+        if self._run.error is not None:
+            raise self._run.error
 
 
 class EnginePool(TaskPool):  # type: ignore[misc]  # celery is untyped
@@ -145,11 +173,18 @@ class EnginePool(TaskPool):  # type: ignore[misc]  # celery is untyped
         super().__init__(*args, **kwargs)
         self._handles: dict[int, TaskHandle] = {}
         self._numbers = itertools.count(1)
-        self._idle = threading.Condition()
+        self._changed = threading.Condition()
         self._loop = LoopThread("attempts")
+        self._hub: Any = None
+        self._ended: deque[tuple[_Run, Any]] = deque()
+        self._is_hand_over_due = False
 
     def on_start(self) -> None:
         self._loop.start()
+
+    def register_with_event_loop(self, hub: Any) -> None:
+        """Called by Celery's consumer in its own thread, again after each reconnect."""
+        self._hub = hub
 
     def on_apply(
         self,
@@ -162,7 +197,7 @@ class EnginePool(TaskPool):  # type: ignore[misc]  # celery is untyped
         soft_timeout: float | None = None,
         timeout: float | None = None,
         **_: Any,
-    ) -> ApplyResult:
+    ) -> Any:
         """`target` is Celery's tracer; `args` begin with the task's name, its id and its request."""
         task = self.app.tasks[args[0]]
         if not isinstance(task, CoroutineTask):
@@ -181,10 +216,9 @@ class EnginePool(TaskPool):  # type: ignore[misc]  # celery is untyped
             timeout_callback,
             soft_timeout,
             timeout,
-            Future(),
         )
         self._loop.post(partial(self._begin, run))
-        return ApplyResult(run.ended)
+        return _Result(run, self._changed)
 
     def on_stop(self) -> None:
         self._wait_idle(monotonic() + self.grace_seconds)
@@ -204,9 +238,12 @@ class EnginePool(TaskPool):  # type: ignore[misc]  # celery is untyped
             handle.end(JobStopped("terminated"))
 
     def _wait_idle(self, deadline: float | None) -> None:
-        with self._idle:
-            while self._handles and (deadline is None or monotonic() < deadline):
-                self._idle.wait(None if deadline is None else deadline - monotonic())
+        """Runs in Celery's own thread, whose loop stands still: so what ends is told from here."""
+        while self._handles and (deadline is None or monotonic() < deadline):
+            with self._changed:
+                if not self._ended:
+                    self._changed.wait(None if deadline is None else deadline - monotonic())
+            self._tell_ended()
 
     def _begin(self, run: _Run) -> None:
         # A context of its own, or the spans of one task would be the parents of the next.
@@ -214,18 +251,52 @@ class EnginePool(TaskPool):  # type: ignore[misc]  # celery is untyped
 
     async def _run(self, run: _Run) -> None:
         _handle.set(run.handle)
+        result: Any = None
         try:
-            with suppress(JobStopped), self._limits(run):
+            with self._limits(run) if run.soft_seconds or run.hard_seconds else _UNLIMITED:
                 run.accept_callback(run.handle.number, monotonic())
-                run.callback(await run_traced(run.task, run.id, run.request))
+                result = await run_traced(run.task, run.id, run.request)
+        except JobStopped:
+            pass
         except Exception as error:
-            run.ended.set_exception(error)
-        else:
-            run.ended.set_result(None)
+            result = error
         finally:
-            with self._idle:
-                self._handles.pop(run.handle.number, None)
-                self._idle.notify_all()
+            self._end(run, result)
+
+    def _end(self, run: _Run, result: Any) -> None:
+        self._ended.append((run, result))
+        if not self._is_hand_over_due:
+            self._is_hand_over_due = True
+            asyncio.get_running_loop().call_soon(self._hand_over_ended)
+
+    def _hand_over_ended(self) -> None:
+        self._is_hand_over_due = False
+        if self._hub is None:
+            self._tell_ended()
+        else:
+            self._hub.call_soon(self._tell_ended)
+            with self._changed:  # a pool that stops waits here, and its loop stands still
+                self._changed.notify_all()
+
+    def _tell_ended(self) -> None:
+        """Celery hears of the tasks that ended, in the order in which they did."""
+        with suppress(IndexError):
+            while True:
+                self._tell(*self._ended.popleft())
+        with self._changed:
+            self._changed.notify_all()
+
+    def _tell(self, run: _Run, result: Any) -> None:
+        try:
+            if isinstance(result, Exception):
+                raise result
+            if result is not None:
+                run.callback(result)
+        except Exception as error:
+            run.error = error
+        finally:
+            run.is_told = True
+            self._handles.pop(run.handle.number, None)
 
     @contextmanager
     def _limits(self, run: _Run) -> Iterator[None]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
@@ -274,3 +275,52 @@ def test_task_whose_body_is_no_coroutine_runs_in_a_thread(bench: Bench) -> None:
 async def test_current_handle_is_a_loose_one_outside_the_pool() -> None:
     assert current_handle().number == 0
     assert await asyncio.to_thread(lambda: current_handle().number) == 0
+
+
+def test_celery_hears_in_its_own_thread_of_all_that_ended_when_its_loop_comes_to_it(bench: Bench) -> None:
+    """Woken once for tasks that end in one turn, and told in the order in which they did."""
+    hub, heard = KeptCalls(), []
+    bench.pool.register_with_event_loop(hub)
+    opened = asyncio.Event()
+
+    async def wait() -> None:
+        await opened.wait()
+
+    async def open() -> None:
+        opened.set()
+
+    def hear(id: str) -> Callable[[Any], None]:
+        return lambda _: heard.append((id, threading.get_ident()))
+
+    bodies = {"first": open, "second": wait, "third": wait}
+    results = [bench.apply(bodies[id], id=id, callback=hear(id)) for id in ("second", "third", "first")]
+    call = hub.calls.get(timeout=5)
+
+    assert heard == []
+    call()
+    assert heard == [(id, threading.get_ident()) for id in bodies]
+    assert hub.calls.empty()
+    for result in results:
+        result.get(timeout=5)
+
+
+def test_pool_that_stops_tells_what_ends_while_celerys_loop_stands_still(bench: Bench) -> None:
+    task, heard = Waiter(), []
+    bench.pool.register_with_event_loop(KeptCalls())
+    bench.apply(task, callback=heard.append, accept=task.accept)
+    task.accepted.result(timeout=5)
+    threading.Timer(0.05, task.future.set_result, ("tokens",)).start()
+
+    bench.pool.stop()
+
+    assert [value for _, value, _ in heard] == ["'tokens'"]
+
+
+class KeptCalls:
+    """Stands where Celery's event loop is: what it is to call soon."""
+
+    def __init__(self) -> None:
+        self.calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self.calls.put(callback)
