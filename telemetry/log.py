@@ -9,14 +9,17 @@ Nothing here can know what a message says: keeping prompts out of it is the call
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
 from enum import Enum
+from types import TracebackType
 from typing import TextIO
 
 from opentelemetry import trace
@@ -54,19 +57,71 @@ def configure_logging(
     Call it once, before the first record; Celery needs `worker_hijack_root_logger=False` and uvicorn
     `log_config=None` to leave it so.
     """
-    handler = logging.StreamHandler(stream if stream is not None else sys.stderr)
+    handler = _GatheringHandler(stream if stream is not None else sys.stderr)
     handler.setFormatter(_JsonFormatter(service) if format is LogFormat.JSON else _LineFormatter(service))
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
-@contextmanager
-def logged_job(job_id: str) -> Iterator[None]:
+def logged_job(job_id: str) -> AbstractContextManager[None]:
     """Records made inside, in this thread or task and those it awaits, carry the job's id."""
-    token = _job_id.set(job_id)
+    return _LoggedJob(job_id)
+
+
+@dataclass(slots=True)
+class _LoggedJob:
+    job_id: str
+    _token: Token[str | None] | None = None
+
+    def __enter__(self) -> None:
+        self._token = _job_id.set(self.job_id)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._token is not None:
+            _job_id.reset(self._token)
+
+
+class _GatheringHandler(logging.StreamHandler[TextIO]):
+    """Writes what is logged in one turn of an event loop when that ends; anything else, and errors, at once.
+
+    Each write lets go of the interpreter, which another busy thread then keeps for a while.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._lines: list[str] = []
+        self._due_in: asyncio.AbstractEventLoop | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """With the handler's lock held, as `logging` calls it."""
+        try:
+            self._lines.append(self.format(record) + self.terminator)
+            loop = _running_loop()
+            if loop is None or record.levelno >= logging.ERROR:
+                self.flush()
+            elif loop is not self._due_in:
+                self._due_in = loop
+                loop.call_soon(self.flush)
+        except Exception:
+            self.handleError(record)
+
+    def flush(self) -> None:
+        self.acquire()
+        try:
+            lines, self._lines, self._due_in = self._lines, [], None
+            if lines and not self.stream.closed:
+                self.stream.write("".join(lines))
+            super().flush()
+        finally:
+            self.release()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
     try:
-        yield
-    finally:
-        _job_id.reset(token)
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 class _JsonFormatter(logging.Formatter):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -109,3 +110,33 @@ def test_log_format_is_read_from_the_environment(value: str, expected: LogFormat
 def test_log_format_names_variable_value_and_rule_when_refused() -> None:
     with pytest.raises(SettingsError, match=r"THROUGHLINE_LOG_FORMAT='xml': must be line or json"):
         LogFormat.from_environment({"THROUGHLINE_LOG_FORMAT": "xml"})
+
+
+async def test_records_of_one_turn_are_written_together_when_it_ends_and_errors_at_once() -> None:
+    stream = lines(LogFormat.LINE)
+
+    logger.info("first")
+    logger.info("second")
+    before = stream.getvalue()
+    await asyncio.sleep(0)
+    written = stream.getvalue()
+    logger.info("third")
+    logger.error("fourth")
+
+    assert before == ""
+    assert [line.split()[-1] for line in written.splitlines()] == ["first", "second"]
+    assert [line.split()[-1] for line in stream.getvalue().splitlines()] == [
+        "first",
+        "second",
+        "third",
+        "fourth",
+    ]
+
+
+async def test_record_of_another_thread_takes_those_before_it_along() -> None:
+    stream = lines(LogFormat.LINE)
+
+    logger.info("first")
+    await asyncio.to_thread(logger.info, "second")
+
+    assert [line.split()[-1] for line in stream.getvalue().splitlines()] == ["first", "second"]
