@@ -31,7 +31,7 @@ GatheredScript = Callable[[Sequence[str], Sequence[Any]], Awaitable[Any]]
 """Called with the script's keys and arguments; answers its reply, or raises StoreUnavailable."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Call:
     source: str
     digest: str

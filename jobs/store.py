@@ -127,7 +127,7 @@ class LostAttempt:
     """Its claim, in Unix seconds."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Claim:
     outcome: ClaimOutcome
     attempt: int = 0
@@ -175,7 +175,7 @@ class RenewOutcome(StrEnum):
     """The lease is another's, or the job has ended: stop working on it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Settlement:
     """The final word of an attempt: a result, a failure, or neither for a cancel and an expiry.
 

@@ -39,7 +39,7 @@ _SCOPE = InstrumentationScope(names.TRACER, "")  # as `get_tracer` makes it
 _UNSET = Status()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class FinishedSpan:
     """Of kind INTERNAL. Stamps are Unix nanoseconds; one that would end before its start has no length.
 

@@ -27,7 +27,7 @@ _PHASE_SPANS: Mapping[PhaseName, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Phase:
     """One stay of a request in one phase of the engine; a preempted request has more than one of each.
 
@@ -42,7 +42,7 @@ class Phase:
     step: SpanContext | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class GenerationRecord:
     """All that is told of one generation, whatever its number of prompts, choices or beams.
 

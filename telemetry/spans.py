@@ -9,8 +9,10 @@ for its trace.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
 
 from opentelemetry import context as context_api
 from opentelemetry import trace
@@ -44,9 +46,8 @@ def extract(headers: Mapping[str, object]) -> Context:
 
 def traceparent(context: Context | None = None) -> str:
     """The W3C header of the span in `context` (the current one), as kept in a job record; else empty."""
-    carrier: dict[str, str] = {}
-    _W3C.inject(carrier, context=context)
-    return carrier.get("traceparent", "")
+    own = trace.get_current_span(context).get_span_context()
+    return f"00-{own.trace_id:032x}-{own.span_id:016x}-{own.trace_flags:02x}" if own.is_valid else ""
 
 
 def link_to(context: Context, role: str) -> list[Link]:
@@ -224,53 +225,63 @@ def accept() -> AbstractContextManager[None]:
 
     It begins with the server's span, so that routing has a name too.
     """
-    return _live(names.SPAN_ACCEPT, {}, start_ns=getattr(trace.get_current_span(), "start_time", None))
+    return _Live(names.SPAN_ACCEPT, {}, getattr(trace.get_current_span(), "start_time", None) or 0)
 
 
 def store_job(job_id: str) -> AbstractContextManager[None]:
     """A live span around the API's writing of a new job."""
-    return _live(names.SPAN_STORE_JOB, {names.JOB_ID: job_id})
+    return _Live(names.SPAN_STORE_JOB, {names.JOB_ID: job_id})
 
 
 def fetch_result(job_id: str) -> AbstractContextManager[None]:
     """A live span around the API's reading of an ended job."""
-    return _live(names.SPAN_FETCH_RESULT, {names.JOB_ID: job_id})
+    return _Live(names.SPAN_FETCH_RESULT, {names.JOB_ID: job_id})
 
 
 def wait_result(job_id: str) -> AbstractContextManager[None]:
     """A live span around the API's wait for a job, so that the gap in the server span has a name."""
-    return _live(names.SPAN_WAIT_RESULT, {names.JOB_ID: job_id})
+    return _Live(names.SPAN_WAIT_RESULT, {names.JOB_ID: job_id})
 
 
 def store_result(job_id: str) -> AbstractContextManager[None]:
     """A live span around the worker's settle."""
-    return _live(names.SPAN_STORE_RESULT, {names.JOB_ID: job_id})
+    return _Live(names.SPAN_STORE_RESULT, {names.JOB_ID: job_id})
 
 
 def give_back(job_id: str) -> AbstractContextManager[None]:
     """A live span around the worker's handing a job back to its queue."""
-    return _live(names.SPAN_GIVE_BACK, {names.JOB_ID: job_id})
+    return _Live(names.SPAN_GIVE_BACK, {names.JOB_ID: job_id})
 
 
 def report(job_id: str) -> AbstractContextManager[None]:
     """A live span around what an attempt tells when its result is stored, this trace too."""
-    return _live(names.SPAN_REPORT, {names.JOB_ID: job_id})
+    return _Live(names.SPAN_REPORT, {names.JOB_ID: job_id})
 
 
-@contextmanager
-def _live(name: str, attributes: dict[str, AttributeValue], start_ns: int | None = None) -> Iterator[None]:
+@dataclass(slots=True)
+class _Live:
     """Never the current span: ids that are told and messages that are sent inside belong to the request.
 
     An error that passes through is told by the request's own span; its words might quote a prompt.
     """
-    context, started_at_ns = context_api.get_current(), start_ns or time.time_ns()
-    try:
-        yield
-    finally:
-        draw(
-            context,
-            FinishedSpan(name=name, start_ns=started_at_ns, end_ns=time.time_ns(), attributes=attributes),
+
+    name: str
+    attributes: dict[str, AttributeValue]
+    start_ns: int = 0
+    """0 is when the block is entered."""
+    context: Context | None = None
+
+    def __enter__(self) -> None:
+        self.context, self.start_ns = context_api.get_current(), self.start_ns or time.time_ns()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self.context is not None, "entered"
+        span = FinishedSpan(
+            name=self.name, start_ns=self.start_ns, end_ns=time.time_ns(), attributes=self.attributes
         )
+        draw(self.context, span)
 
 
 def _draw_step(name: str, context: Context, job_id: str, start_ns: int, end_ns: int) -> None:

@@ -9,7 +9,7 @@ from opentelemetry.context import Context
 from jobs.model import JobId
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Delivery:
     """The message as it came."""
 

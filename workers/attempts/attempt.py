@@ -16,11 +16,10 @@ import asyncio
 import logging
 import threading
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
-from functools import cache, partial
+from functools import partial
 from time import monotonic, time_ns
 from typing import TypeVar
 
@@ -33,7 +32,7 @@ from jobs.states import JobState
 from jobs.store import AttemptStore, Claim, ClaimOutcome, Settlement, SettleOutcome
 from telemetry.log import logged_job
 from telemetry.spans import traceparent
-from workers.attempts.company import Company, Place, grade_of
+from workers.attempts.company import Company, Grade, Place, grade_of
 from workers.attempts.holding import HeldJob, Holding
 from workers.attempts.items import Items
 from workers.attempts.observe import AttemptObserver, HandOver
@@ -57,6 +56,9 @@ STOP_CHECK_SECONDS = 0.1
 """How often an attempt that waits for an absent store asks whether the worker stops."""
 
 
+ENDED_EARLY = (EngineLost, CancelWished, DeadlinePassed, JobStopped)
+
+
 class Verdict(Enum):
     """What becomes of the message."""
 
@@ -64,7 +66,7 @@ class Verdict(Enum):
     REQUEUE = auto()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Run:
     """One stay in the engine, or what is known of it by now."""
 
@@ -74,6 +76,20 @@ class _Run:
     params: SamplingParams
     items: Items
     asked_at_ns: int
+
+
+class _Once:
+    """Does it once, whoever calls first."""
+
+    __slots__ = ("_act",)
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act: Callable[[], None] | None = act
+
+    def __call__(self) -> None:
+        act, self._act = self._act, None
+        if act is not None:
+            act()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +119,11 @@ class AttemptRunner:
         claim = await self._insist(lambda: self._claim(delivery.id, token))
         if claim is None:
             return Verdict.REQUEUE
-        with self.observer.claim_told_last(delivery, claim, received_at_ns, time_ns()):
+        claimed_at_ns = time_ns()
+        try:
             return await self._run_claimed(delivery, claim, token, received_at_ns)
+        finally:
+            self.observer.is_over(delivery, claim, received_at_ns, claimed_at_ns)
 
     async def _run_claimed(
         self, delivery: Delivery, claim: Claim, token: LeaseToken, received_at_ns: int
@@ -112,8 +131,7 @@ class AttemptRunner:
         if claim.outcome is not ClaimOutcome.CLAIMED or claim.request is None:
             self.observer.dropped(delivery, claim, received_at_ns)
             return Verdict.ACKNOWLEDGE
-        # cached: told once, whoever calls first
-        tell_claim = cache(partial(self.observer.claimed, delivery, claim, received_at_ns))
+        tell_claim = _Once(partial(self.observer.claimed, delivery, claim, received_at_ns))
         try:
             return await self._generate(delivery, claim, claim.request, token, tell_claim)
         except Exception as error:  # a fault of ours: the job must not stay behind under a dead lease
@@ -150,10 +168,7 @@ class AttemptRunner:
             run = _Run(delivery, token, request, params, items, asked_at_ns)
             if items.missing:  # else the attempt before ended between its last item and its settling
                 with self.holding.hold(held):
-                    async with self._items_stored_at_least(run):
-                        with self.observer.interruption_told(delivery, asked_at_ns):
-                            async with self._in_company(delivery.id, claim, token, tell_claim):
-                                await self._run_engine(run, handle, tell_claim)
+                    await self._run_missing(run, grade_of(claim.forgiven), handle, tell_claim)
         except (InvalidRequestError, EngineRefused) as refusal:
             return await self._settle(
                 delivery, token, Settlement(JobState.FAILED, failure=_as_failure(refusal))
@@ -185,26 +200,36 @@ class AttemptRunner:
             await self._tell_items(run, received_at_ns)
             return self._tell(delivery, settlement, outcome)
 
-    @asynccontextmanager
-    async def _in_company(
-        self, id: JobId, claim: Claim, token: LeaseToken, tell_claim: Callable[[], None]
-    ) -> AsyncIterator[None]:
+    async def _run_missing(
+        self, run: _Run, grade: Grade, handle: TaskHandle, tell_claim: Callable[[], None]
+    ) -> None:
+        """What had ended before an attempt was ended early is stored, and need not run again."""
+        try:
+            await self._run_in_company(run, grade, handle, tell_claim)
+        except BaseException as ending:
+            self.observer.interrupted(run.delivery, run.asked_at_ns)
+            if run.items.are_many and isinstance(ending, ENDED_EARLY):
+                run.items.take()
+                await self._store_and_tell_items(run)
+            raise
+
+    async def _run_in_company(
+        self, run: _Run, grade: Grade, handle: TaskHandle, tell_claim: Callable[[], None]
+    ) -> None:
         """Be in the engine with the company that the job's past allows; a lone run is noted beforehand."""
-        grade = grade_of(claim.forgiven)
 
         async def wait(place: Place) -> None:
-            if not place.done():
-                tell_claim()
-            await current_handle().wait(place)
+            tell_claim()
+            await handle.wait(place)
 
         async with self.company.join(grade, wait):
             if grade.is_alone:
-                is_ours = await self._insist(lambda: self.store.mark_alone(id, token))
+                is_ours = await self._insist(lambda: self.store.mark_alone(run.delivery.id, run.token))
                 if is_ours is None:
                     raise JobStopped("the worker shuts down")
                 if not is_ours:
                     raise LeaseLost("the lease is another worker's")
-            yield
+            await self._run_engine(run, handle, tell_claim)
 
     async def _run_engine(self, run: _Run, handle: TaskHandle, tell_claim: Callable[[], None]) -> None:
         """Return when every item has ended; those of many are stored as they do."""
@@ -221,17 +246,6 @@ class AttemptRunner:
             raise
         if not run.items.are_many and isinstance(outcomes[0], Refused):
             raise EngineRefused(outcomes[0].reason, outcomes[0].message)
-
-    @asynccontextmanager
-    async def _items_stored_at_least(self, run: _Run) -> AsyncIterator[None]:
-        """What ended before the attempt was ended early is not to be run again."""
-        try:
-            yield
-        except (EngineLost, CancelWished, DeadlinePassed, JobStopped):
-            if run.items.are_many:
-                run.items.take()
-                await self._store_and_tell_items(run)
-            raise
 
     async def _store_and_tell_items(self, run: _Run) -> None:
         """Before the job goes back. What could not be stored will run again, and be told of then."""

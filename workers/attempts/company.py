@@ -11,10 +11,10 @@ suspect. See docs/decisions/0005-jobs-that-kill-their-engine.md.
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, InvalidStateError
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from types import TracebackType
 
 COMPANY_OF_SUSPECTS = 8
 """About the square root of what an engine holds: a cleared crowd takes as many rounds as the one with the
@@ -56,23 +56,39 @@ class Company:
         self._grade = FRESH
         self._waiting: list[tuple[Grade, Place]] = []
 
-    @asynccontextmanager
-    async def join(self, grade: Grade, wait: Callable[[Place], Awaitable[None]]) -> AsyncIterator[None]:
-        """Be inside for the block; `wait` waits until its argument is done, and may raise instead."""
+    def join(self, grade: Grade, wait: Callable[[Place], Awaitable[None]]) -> _Stay:
+        """Be inside for the block. `wait` is called where there is a wait, until its argument is done; it
+        may raise instead.
+        """
+        return _Stay(self, grade, wait)
+
+    async def enter(self, grade: Grade, wait: Callable[[Place], Awaitable[None]]) -> None:
+        if self._enters_at_once(grade):
+            return
         try:
             await wait(self._ask(grade))
         except BaseException:
             self._open()  # somebody may have waited behind us alone
             raise
-        try:
-            yield
-        finally:
-            self._leave()
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            self._admit()
 
     def check_invariants(self) -> None:
         with self._lock:
             assert 0 <= self._inside <= self._grade.max_together
             assert self._inside > 0 or not any(not place.done() for _, place in self._waiting)
+
+    def _enters_at_once(self, grade: Grade) -> bool:
+        """Nearly every job does: nobody waits, and those inside are like it."""
+        with self._lock:
+            if self._waiting or (self._inside and grade != self._grade) or self._inside >= grade.max_together:
+                return False
+            self._grade = grade
+            self._inside += 1
+            return True
 
     def _ask(self, grade: Grade) -> Place:
         place: Place = Future()
@@ -81,16 +97,13 @@ class Company:
             self._admit()
         return place
 
-    def _leave(self) -> None:
-        with self._lock:
-            self._inside -= 1
-            self._admit()
-
     def _open(self) -> None:
         with self._lock:
             self._admit()
 
     def _admit(self) -> None:
+        if not self._waiting:
+            return
         waiting = [(grade, place) for grade, place in self._waiting if not place.done()]
         if waiting and self._inside == 0:
             self._grade = waiting[0][0]
@@ -108,3 +121,18 @@ class Company:
             return True
         self._inside += 1
         return True
+
+
+@dataclass(slots=True)
+class _Stay:
+    company: Company
+    grade: Grade
+    wait: Callable[[Place], Awaitable[None]]
+
+    async def __aenter__(self) -> None:
+        await self.company.enter(self.grade, self.wait)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.company.leave()

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import TracebackType
 
 from jobs.clock import Clock
 from jobs.errors import StoreUnavailable
@@ -28,7 +28,7 @@ CANCEL_WAIT_SECONDS = 2.0
 """How long one read of the cancel stream blocks; only shutdown waits for it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HeldJob:
     id: JobId
     token: LeaseToken
@@ -72,15 +72,17 @@ class Holding:
     def stop(self) -> None:
         self._is_stopping.set()
 
-    @contextmanager
-    def hold(self, job: HeldJob) -> Iterator[None]:
+    def hold(self, job: HeldJob) -> _Hold:
+        """For the block."""
+        return _Hold(self, job)
+
+    def add(self, job: HeldJob) -> None:
         with self._lock:
             self._held[job.token] = job
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._held.pop(job.token, None)
+
+    def remove(self, job: HeldJob) -> None:
+        with self._lock:
+            self._held.pop(job.token, None)
 
     def __len__(self) -> int:
         return len(self._held)
@@ -145,3 +147,17 @@ class Holding:
                 for job in self._snapshot():
                     if job.id == id:
                         job.end(CancelWished("the client cancelled the job"))
+
+
+@dataclass(slots=True)
+class _Hold:
+    holding: Holding
+    job: HeldJob
+
+    def __enter__(self) -> None:
+        self.holding.add(self.job)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.holding.remove(self.job)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
@@ -39,7 +39,7 @@ _DROPPED_AS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HandOver:
     """When a job asked to enter the engine, and when its outputs had come back: Unix nanoseconds."""
 
@@ -47,7 +47,7 @@ class HandOver:
     received_at_ns: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _EngineTimes:
     """One request's time in the engine, its wait at the door included."""
 
@@ -71,25 +71,19 @@ class AttemptObserver:
     uses_links_only: bool = False
     """All that is drawn here lies in the trace of its attempt, and nothing in that of the request."""
 
-    @contextmanager
-    def claim_told_last(
-        self, delivery: Delivery, claim: Claim, received_at_ns: int, claimed_at_ns: int
-    ) -> Iterator[None]:
+    def is_over(self, delivery: Delivery, claim: Claim, received_at_ns: int, claimed_at_ns: int) -> None:
         """The claim's span is drawn when the attempt is over: see `spans.claim`.
 
         So is the wait's where it lies below the attempt's.
         """
-        try:
-            yield
-        finally:
-            if self.uses_links_only and claim.outcome is ClaimOutcome.CLAIMED:
-                self._waited(otel_context.get_current(), delivery, claim, received_at_ns)
-            spans.claim(
-                otel_context.get_current(),
-                job_id=delivery.id,
-                started_at_ns=received_at_ns,
-                ended_at_ns=claimed_at_ns,
-            )
+        if self.uses_links_only and claim.outcome is ClaimOutcome.CLAIMED:
+            self._waited(otel_context.get_current(), delivery, claim, received_at_ns)
+        spans.claim(
+            otel_context.get_current(),
+            job_id=delivery.id,
+            started_at_ns=received_at_ns,
+            ended_at_ns=claimed_at_ns,
+        )
 
     def claimed(self, delivery: Delivery, claim: Claim, received_at_ns: int) -> None:
         self.metrics.claimed(delivery, claim, received_at_ns)
@@ -104,19 +98,14 @@ class AttemptObserver:
             previous_traceparent=self._lost(delivery, claim, received_at_ns) or claim.previous_traceparent,
         )
 
-    @contextmanager
-    def interruption_told(self, delivery: Delivery, asked_at_ns: int) -> Iterator[None]:
+    def interrupted(self, delivery: Delivery, asked_at_ns: int) -> None:
         """The time in the engine, or at its door, of a job that leaves it without an output has a span."""
-        try:
-            yield
-        except BaseException:
-            spans.interrupted(
-                otel_context.get_current(),
-                job_id=delivery.id,
-                started_at_ns=asked_at_ns,
-                ended_at_ns=time.time_ns(),
-            )
-            raise
+        spans.interrupted(
+            otel_context.get_current(),
+            job_id=delivery.id,
+            started_at_ns=asked_at_ns,
+            ended_at_ns=time.time_ns(),
+        )
 
     def dropped(self, delivery: Delivery, claim: Claim, received_at_ns: int) -> None:
         self._lost(delivery, claim, received_at_ns)

@@ -15,7 +15,7 @@ LOWEST_LOGPROB = -9999.0
 """What minus infinity is told as; JSON has no word for it. OpenAI's and vLLM's value."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class AttemptStamps:
     """Unix seconds of the job's own clock."""
 

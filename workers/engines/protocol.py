@@ -72,7 +72,7 @@ class StartFailed:
     """One line."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EngineRequest:
     """One prompt, as the engine takes it."""
 

@@ -21,7 +21,7 @@ from workers.engines.protocol import EngineRequest, ModelFacts, Outcome
 from workers.engines.steps import TracedRequest
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Generation:
     """One job's requests inside the engine."""
 
