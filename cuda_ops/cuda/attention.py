@@ -24,6 +24,12 @@ _STAGES: Final = 2
 _PREFILL_WARPS: Final = 4
 _PREFILL_TOKENS: Final = 32
 _BYTES: Final = 2
+# As in attention_prefill_hopper.cu.
+_HOPPER: Final = "sm_90a"
+_HOPPER_HEAD_DIMS: Final = (64, 128)
+_HOPPER_QUERIES: Final = 128
+_HOPPER_TOKENS: Final = 64
+_HOPPER_ALIGNMENT: Final = 1024
 # What cp.async moves at once.
 _COPY_BYTES: Final = 16
 # Enough to fill a GPU where few sequences decode, and not so many that merging shows where many do.
@@ -138,21 +144,22 @@ def paged_attention_prefill(
         )  # fmt: skip
         return
     num_kv_heads, block_size = key_cache.shape[1:3]
-    row_tiles = 1 if head_dim > 128 else 2
-    queries = _PREFILL_WARPS * row_tiles * _ROWS
-    variant = Variant.of(
-        "attention_prefill", "prefill",
-        ELEMENT=ELEMENTS[query.dtype], CACHE=OUTPUTS[key_cache.dtype], HEAD_DIM=head_dim,
-        GROUP=num_heads // num_kv_heads, BLOCK_SIZE=block_size,
-        ROW_TILES=row_tiles, SOFT_CAP=int(soft_cap is not None),
-        QUERY_RUN=run_length((query,), query.stride(0), query.stride(1)),
-    )  # fmt: skip
+    constants: dict[str, str | int] = {
+        "ELEMENT": ELEMENTS[query.dtype],
+        "CACHE": OUTPUTS[key_cache.dtype],
+        "HEAD_DIM": head_dim,
+        "GROUP": num_heads // num_kv_heads,
+        "BLOCK_SIZE": block_size,
+        "SOFT_CAP": int(soft_cap is not None),
+        "QUERY_RUN": run_length((query,), query.stride(0), query.stride(1)),
+    }
+    is_hopper = launcher.arch == _HOPPER and key_cache.dtype == query.dtype
+    variant, queries, threads, shared = _prefill_variant(key_cache, constants, is_hopper=is_hopper)
     # Each sequence may leave one tile that is not full.
     num_tiles = num_tokens // queries + num_sequences
-    shared = queries * (head_dim + _PADDING) * _BYTES + _stage_bytes(key_cache, _PREFILL_TOKENS)
     launcher.launch(
         variant,
-        LaunchShape((num_heads, num_tiles, 1), _PREFILL_WARPS * 32, shared),
+        LaunchShape((num_heads, num_tiles, 1), threads, shared),
         (
             out, query, key_cache, value_cache, query_start, context_lens, block_tables,
             c_longlong(out.stride(0)), c_longlong(out.stride(1)),
@@ -161,6 +168,22 @@ def paged_attention_prefill(
             c_float(scale * key_scale * math.log2(math.e)), c_float(value_scale), c_float(soft_cap or 0.0),
         ),
     )  # fmt: skip
+
+
+def _prefill_variant(
+    key_cache: Tensor, constants: dict[str, str | int], *, is_hopper: bool
+) -> tuple[Variant, int, int, int]:
+    """Which kernel, its queries and threads a block, and the bytes of shared memory these take."""
+    head_dim = key_cache.shape[3]
+    if is_hopper and head_dim in _HOPPER_HEAD_DIMS:
+        rows = _HOPPER_QUERIES + _STAGES * 2 * _HOPPER_TOKENS
+        shared = rows * head_dim * _BYTES + _HOPPER_ALIGNMENT
+        return Variant.of("attention_prefill_hopper", "prefill", **constants), _HOPPER_QUERIES, 256, shared
+    row_tiles = 1 if head_dim > 128 else 2
+    queries = _PREFILL_WARPS * row_tiles * _ROWS
+    shared = queries * (head_dim + _PADDING) * _BYTES + _stage_bytes(key_cache, _PREFILL_TOKENS)
+    variant = Variant.of("attention_prefill", "prefill", ROW_TILES=row_tiles, **constants)
+    return variant, queries, _PREFILL_WARPS * 32, shared
 
 
 def _decode_plainly(cached: torch.dtype, scales: tuple[float, float], *arguments: Any) -> None:

@@ -81,6 +81,10 @@ class Launcher(Protocol):
         """How many blocks' worth of hardware there is to fill."""
 
     @property
+    def arch(self) -> str:
+        """The device's architecture, as the compiler calls it, e.g. `sm_90a`."""
+
+    @property
     def counters(self) -> Counters:
         """Of the launcher's device."""
 

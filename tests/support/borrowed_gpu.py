@@ -17,6 +17,7 @@ class BorrowedGpu:
 
     Attributes:
         num_multiprocessors: what the kernels' host side is told; small, as the emulator's.
+        arch: the device's.
         counters: on the CPU; each launch has a copy on the device, and brings it back.
     """
 
@@ -25,6 +26,7 @@ class BorrowedGpu:
     def __init__(self) -> None:
         self.counters = Counters()
         self._launcher = launcher_of_current_device(cache_folder(os.environ))
+        self.arch = self._launcher.arch
 
     def launch(self, variant: Variant, shape: LaunchShape, arguments: tuple[Argument, ...]) -> None:
         tensors = [argument for argument in arguments if isinstance(argument, Tensor)]

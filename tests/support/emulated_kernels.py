@@ -44,11 +44,13 @@ class EmulatedLauncher:
     Attributes:
         is_reversed: whether warps and blocks take turns from last to first.
         num_multiprocessors: what the kernels' host side is told.
+        arch: the same; the emulator knows the instructions of all.
         counters: on the CPU.
     """
 
     is_reversed: bool = False
     num_multiprocessors: int = 3
+    arch: str = "sm_80"
     counters: Counters = field(default_factory=Counters)
 
     def launch(self, variant: Variant, shape: LaunchShape, arguments: tuple[Argument, ...]) -> None:

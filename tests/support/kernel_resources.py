@@ -18,6 +18,7 @@ from cuda_ops.cuda.library import OPS
 from tests.support.kernel_calls import calls_of_models
 
 TABLE = Path("cuda_ops/cuda/resources.json")
+HOPPER = "sm_90a"
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100", "sm_120")
 NUM_PROCESSES = 2
 # By content: only what changed is compiled again.
@@ -35,6 +36,7 @@ _SHARED = re.compile(r"(\d+) bytes smem")
 class VariantRecorder:
     """A launcher that runs nothing and remembers what was asked for."""
 
+    arch: str = "sm_80"
     num_multiprocessors: int = 132
     counters: Counters = field(default_factory=Counters)
     variants: dict[Variant, None] = field(default_factory=dict)
@@ -47,15 +49,24 @@ class VariantRecorder:
 
 def variants_of_models() -> list[Variant]:
     """Every variant that the models' shapes ask for, as the ops choose them."""
-    recorder = VariantRecorder()
+    return sorted(set(_variants("sm_80")) | set(_variants(HOPPER)), key=str)
+
+
+def architectures_of(variant: Variant) -> tuple[str, ...]:
+    """All, but for what is written in Hopper's own instructions."""
+    return (HOPPER,) if variant.source.endswith("_hopper") else ARCHITECTURES
+
+
+def _variants(arch: str) -> Iterable[Variant]:
+    recorder = VariantRecorder(arch)
     for op, arguments in calls_of_models():
         OPS[op](recorder, *arguments)
-    return sorted(recorder.variants, key=str)
+    return recorder.variants
 
 
 def compile_everywhere(variants: Iterable[Variant]) -> Resources:
     """Compile for every architecture, in processes side by side; raises KernelCompileError."""
-    jobs = [(variant, arch) for variant in variants for arch in ARCHITECTURES]
+    jobs = [(variant, arch) for variant in variants for arch in architectures_of(variant)]
     resources: Resources = {}
     with ProcessPoolExecutor(NUM_PROCESSES) as pool:
         for (variant, arch), used in zip(jobs, pool.map(_resources, jobs, chunksize=8), strict=True):

@@ -133,34 +133,6 @@ struct AttendedRows {
       }
   }
 
- private:
-  __device__ __forceinline__ void multiply_keys(float (&scores)[kRowTiles][kTokens / 8][4], const Queries& query,
-                                                const Stored* keys, int lane) {
-    const Stored* mine = keys + (lane % 8 + lane / 16 * 8) * (kDim + kPadding) + lane / 8 % 2 * 8;
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-      for (int n = 0; n < kTokens / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) scores[m][n][i] = 0.0f;
-#pragma unroll
-    for (int k = 0; k < kDim / 16; ++k) {
-      unsigned a[kRowTiles][4];
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) query.load(a[m], m, k);
-#pragma unroll
-      for (int n = 0; n < kTokens / 16; ++n) {
-        unsigned b[4];
-        ldmatrix(b, mine + n * 16 * (kDim + kPadding) + k * 16);
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          Element::multiply(scores[m][2 * n], a[m], b[0], b[1]);
-          Element::multiply(scores[m][2 * n + 1], a[m], b[2], b[3]);
-        }
-      }
-    }
-  }
-
   // Scores to weights; what was summed before is made relative to the new largest score.
   __device__ __forceinline__ void weigh(float (&scores)[kTokens / 8][4], int m) {
 #pragma unroll
@@ -187,6 +159,34 @@ struct AttendedRows {
       for (int n = 0; n < kDim / 8; ++n) {
         output[m][n][2 * half] *= shrunk;
         output[m][n][2 * half + 1] *= shrunk;
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void multiply_keys(float (&scores)[kRowTiles][kTokens / 8][4], const Queries& query,
+                                                const Stored* keys, int lane) {
+    const Stored* mine = keys + (lane % 8 + lane / 16 * 8) * (kDim + kPadding) + lane / 8 % 2 * 8;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < kTokens / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[m][n][i] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kDim / 16; ++k) {
+      unsigned a[kRowTiles][4];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) query.load(a[m], m, k);
+#pragma unroll
+      for (int n = 0; n < kTokens / 16; ++n) {
+        unsigned b[4];
+        ldmatrix(b, mine + n * 16 * (kDim + kPadding) + k * 16);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          Element::multiply(scores[m][2 * n], a[m], b[0], b[1]);
+          Element::multiply(scores[m][2 * n + 1], a[m], b[2], b[3]);
+        }
       }
     }
   }

@@ -11,39 +11,12 @@
 // Takes (sm_90a, bfloat16, HEAD_DIM 128): 250 registers and 68 KB of shared memory, so two blocks a multiprocessor; 20
 // bytes spill on sm_120. HEAD_DIM 256 has one tile of rows a warp instead of two, for its registers.
 // Limits: mma.sync, which on Hopper reaches about 60 % of what wgmma does. Not measured on a GPU yet.
-#include <attention.cuh>
+#include <prefill.cuh>
 
 constexpr int kTokens = 32;
 constexpr int kWarps = 4;
 constexpr int kStage = 2 * kTokens * kCachedRow;  // elements: keys and values of a tile as they are loaded
 constexpr int kQueries = kWarps * ROW_TILES * kRows;
-
-struct Place {
-  int sequence, tile;
-};
-
-// Which tile of which sequence is the block's, the same in all lanes; false where there are not so many.
-__device__ __forceinline__ bool find_place(Place& place, const int* query_start, int num_sequences, int wanted, int lane) {
-  for (int first = 0; first < num_sequences; first += 32) {
-    const int sequence = first + lane;
-    const int length = sequence < num_sequences ? query_start[sequence + 1] - query_start[sequence] : 0;
-    const int tiles = (length + kQueries - 1) / kQueries;
-    int past = tiles;
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const int before = __shfl_up_sync(0xffffffffu, past, distance);
-      if (lane >= distance) past += before;
-    }
-    const unsigned later = __ballot_sync(0xffffffffu, past > wanted);
-    if (later != 0) {
-      const int owner = __ffs(later) - 1;
-      place = {first + owner, __shfl_sync(0xffffffffu, past - 1 - wanted, owner)};
-      return true;
-    }
-    wanted -= __shfl_sync(0xffffffffu, past, 31);
-  }
-  return false;
-}
 
 // Starts to load a tile of keys and values; slots past the context become zeros.
 __device__ __forceinline__ void fetch(Cached* stage, const Cached* keys, const Cached* values, const int* table,
@@ -73,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32)
             float soft_cap) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.x;
   Place place;
-  if (!find_place(place, query_start, num_sequences, blockIdx.y, lane)) return;
+  if (!find_place<kQueries>(place, query_start, num_sequences, blockIdx.y, lane)) return;
   const int first_row = place.tile * kQueries, context_len = context_lens[place.sequence];
   const long long first_token = query_start[place.sequence] + first_row;
   const int num_rows = query_start[place.sequence + 1] - query_start[place.sequence] - first_row;
@@ -134,17 +107,9 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32)
   rows.finish();
 
 #pragma unroll
-  for (int m = 0; m < ROW_TILES; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = (warp * ROW_TILES + m) * kRows + lane / 4 + half * 8;
-      if (row < num_rows) {
-        Stored* target = out + (first_token + row) * out_stride + head * out_head_stride + lane % 4 * 2;
-        const float factor = value_scale / rows.sum[m][half];
-#pragma unroll
-        for (int n = 0; n < HEAD_DIM / 8; ++n)
-          *reinterpret_cast<unsigned*>(target + n * 8) =
-              ELEMENT::pack(rows.output[m][n][2 * half] * factor, rows.output[m][n][2 * half + 1] * factor);
-      }
-    }
+  for (int m = 0; m < ROW_TILES; ++m) {
+    const int row = (warp * ROW_TILES + m) * kRows;
+    Stored* target = out + (first_token + row) * out_stride + head * out_head_stride + lane % 4 * 2;
+    write_rows<ELEMENT, HEAD_DIM>(target, out_stride, rows, m, num_rows - row, lane, value_scale);
+  }
 }
