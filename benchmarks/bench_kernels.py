@@ -9,6 +9,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, Literal, TypeVar
 
 import torch
@@ -17,7 +18,10 @@ from torch import Tensor
 
 import cuda_ops
 from benchmarks.measure import positive
+from cuda_ops.cuda.quantised import MOST_ROWS
+from cuda_ops.float8 import round_to_float8
 from cuda_ops.native import use_cuda_kernels
+from cuda_ops.quantised import QuantisedWeight, lay_out_codes
 
 BLOCK_SIZE = 16
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -273,6 +277,48 @@ def rotary_case(num_tokens: int) -> Case:
     return Case(f"rotary_write_kv, {num_tokens}", "GB/s", work, ways, num_copies)
 
 
+def quantised_cases(bits: int) -> Iterator[Case]:
+    """Against one reading of the codes. The last case has a row too many for the kernel that reads codes."""
+    size = INTERMEDIATE * HIDDEN * bits / 8
+    num_copies = rotated(size)
+    weights = Turns([random_codes(bits) for _ in range(num_copies)])
+    plain = Turns(random_rows(INTERMEDIATE, HIDDEN, rotated(2.0 * INTERMEDIATE * HIDDEN)))
+    for num_rows in (1, 16, 64, 128, MOST_ROWS, MOST_ROWS + 1):
+        (x,) = random_rows(num_rows, HIDDEN, 1)
+        yield Case(
+            f"w{bits}a16, {num_rows} x {HIDDEN} to {INTERMEDIATE}", "GB/s", size,
+            {
+                "ours": partial(lambda x: cuda_ops.quantised_linear(x, weights.next()), x),
+                "torch, weight in bfloat16": partial(lambda x: F.linear(x, plain.next()), x),
+            },
+            num_copies,
+        )  # fmt: skip
+
+
+def float8_linear_case(num_rows: int) -> Case:
+    """The rounding of the rows is part of ours."""
+    weight = torch.randn(INTERMEDIATE, HIDDEN, device="cuda").bfloat16()
+    rounded = round_to_float8(weight)
+    (x,) = random_rows(num_rows, HIDDEN, 1)
+    ways: dict[str, Callable[[], object]] = {
+        "ours": lambda: cuda_ops.float8_linear(x, rounded),
+        "torch, weight in bfloat16": lambda: F.linear(x, weight),
+    }
+    return Case(
+        f"fp8, {num_rows} x {HIDDEN} to {INTERMEDIATE}", "TFLOP/s", 2.0 * num_rows * weight.numel(), ways
+    )
+
+
+def random_codes(bits: int) -> QuantisedWeight:
+    """As AWQ has them, in groups of 128 with zeros; of 8 bits as `int8` does."""
+    codes = torch.randint(0, 1 << bits, (INTERMEDIATE, HIDDEN), device="cuda", dtype=torch.uint8)
+    group_size = 128 if bits == 4 else 0
+    shape = (HIDDEN // 128 if group_size else 1, INTERMEDIATE)
+    scales = torch.rand(shape, device="cuda", dtype=torch.float16)
+    zeros = torch.randint(0, 16, shape, device="cuda", dtype=torch.uint8) if group_size else None
+    return lay_out_codes(codes, scales, zeros, bits=bits, group_size=group_size)
+
+
 def sampling_cases(num_rows: int) -> Iterator[Case]:
     """Against one reading of the logits, whatever a way takes."""
     size = 4.0 * num_rows * VOCAB_SIZE
@@ -347,6 +393,11 @@ def cases(*, is_short: bool) -> Iterator[Case]:
     for num_tokens in (64, 8192):
         yield from row_cases(num_tokens)
         yield rotary_case(num_tokens)
+    for bits in (4, 8):
+        yield from quantised_cases(bits)
+    if torch.cuda.get_device_capability() >= (8, 9):
+        for num_rows in (64, 8192):
+            yield float8_linear_case(num_rows)
     for num_rows in (8, 64):
         yield from sampling_cases(num_rows)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cuda_ops.activation import gelu_and_mul, silu_and_mul
 from cuda_ops.attention import paged_attention_decode, paged_attention_prefill
 from cuda_ops.dense import linear
+from cuda_ops.float8 import float8_linear
 from cuda_ops.kv_cache import rotary_write_kv, write_kv
 from cuda_ops.lookup import add, add_rows, panel_rows
 from cuda_ops.norm import (
@@ -17,6 +18,7 @@ from cuda_ops.norm import (
     rms_norm,
     rms_norm_quantised,
 )
+from cuda_ops.quantised import quantised_linear
 from cuda_ops.rotary import rotary_embedding
 from cuda_ops.sampling import argmax, sample_tokens, softmax_at
 
@@ -28,6 +30,7 @@ __all__ = [
     "add_rms_norm_quantised",
     "add_rows",
     "argmax",
+    "float8_linear",
     "gelu_and_mul",
     "layer_norm",
     "layer_norm_quantised",
@@ -35,6 +38,7 @@ __all__ = [
     "paged_attention_decode",
     "paged_attention_prefill",
     "panel_rows",
+    "quantised_linear",
     "rms_norm",
     "rms_norm_quantised",
     "rotary_embedding",

@@ -31,7 +31,7 @@ if "$python" -c 'import pytest, pytest_asyncio, pytest_timeout, hypothesis' 2>/d
     for tool in memcheck racecheck; do
       say "compute-sanitizer $tool"
       timeout 45 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q -x -m gpu \
-        tests/unit/cuda_ops/cuda/test_gpu_attention.py -k "odd_lengths or chunks" >&2 || failed=1
+        tests/unit/cuda_ops/cuda/test_gpu_attention.py tests/unit/cuda_ops/cuda/test_gpu_quantised.py -k "odd_lengths or chunks or few_rows" >&2 || failed=1
     done
   else
     say "skipped: compute-sanitizer is not there"

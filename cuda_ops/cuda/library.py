@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-from cuda_ops.cuda import attention, rows, sampling
+from cuda_ops.cuda import attention, float8, quantised, rows, sampling
 from cuda_ops.cuda.launcher import Launcher
 from cuda_ops.registry import NAMESPACE
 
@@ -17,6 +17,7 @@ OPS: Final[Mapping[str, Callable[..., Any]]] = {
     "add_layer_norm_quantised": rows.add_layer_norm_quantised,
     "add_rms_norm": rows.add_rms_norm,
     "add_rms_norm_quantised": rows.add_rms_norm_quantised,
+    "float8_linear": float8.float8_linear,
     "gelu_and_mul": rows.gelu_and_mul,
     "layer_norm": rows.layer_norm,
     "layer_norm_quantised": rows.layer_norm_quantised,
@@ -24,6 +25,7 @@ OPS: Final[Mapping[str, Callable[..., Any]]] = {
     "paged_attention_decode_float8": attention.paged_attention_decode,
     "paged_attention_prefill": attention.paged_attention_prefill,
     "paged_attention_prefill_float8": attention.paged_attention_prefill,
+    "quantised_linear": quantised.quantised_linear,
     "rms_norm": rows.rms_norm,
     "rms_norm_quantised": rows.rms_norm_quantised,
     "rotary_embedding": rows.rotary_embedding,

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cuda_ops.float8 import round_to_float8
+from cuda_ops.quantised import lay_out_codes
+
 EPS = 1e-5
 
 
@@ -53,6 +56,8 @@ def calls_of_models(dtype: torch.dtype = torch.bfloat16) -> Iterator[Call]:
             yield from quantised_calls(model, 2, dtype)
         yield from float8_calls(model, 2, dtype)
     yield from sampling_calls()
+    yield from coded_calls(dtype)
+    yield from float8_linear_calls()
 
 
 def row_calls(model: ModelShape, num_tokens: int, dtype: torch.dtype) -> Iterator[Call]:
@@ -122,6 +127,40 @@ def sampling_calls() -> Iterator[Call]:
     for dtype in (torch.float32, torch.bfloat16):
         logits = torch.randn(2, 128).to(dtype)
         yield "sample_tokens", (logits, numbers, controls, *(None,) * 5, False, True, 20)
+
+
+def coded_calls(dtype: torch.dtype) -> Iterator[Call]:
+    """Products with weights as checkpoints and `int8` have them, of one row to more than codes serve."""
+    # Bits, inputs of a group, zeros of its own, type of scales, numbers of rows.
+    kinds = (
+        (4, 128, True, torch.float16, (1, 9, 17, 33, 257)),
+        (4, 128, False, torch.float16, (1, 33)),
+        (4, 32, True, torch.float16, (1, 33)),
+        (8, 128, False, torch.float16, (33,)),
+        (8, 0, False, torch.float32, (1, 33, 257)),
+    )
+    num_inputs, num_outputs = 1032, 40
+    for bits, group_size, has_zeros, scale_dtype, batches in kinds:
+        shape = (-(-num_inputs // group_size) if group_size else 1, num_outputs)
+        weight = lay_out_codes(
+            torch.randint(0, 1 << bits, (num_outputs, num_inputs), dtype=torch.uint8),
+            torch.rand(shape).to(scale_dtype),
+            torch.randint(0, 1 << bits, shape, dtype=torch.uint8) if has_zeros else None,
+            bits=bits,
+            group_size=group_size,
+        )
+        for num_rows in batches:
+            x = torch.randn(num_rows, num_inputs).to(dtype)
+            yield "quantised_linear", (
+                x, weight.codes, weight.scales, weight.zeros, None, x.new_zeros(num_outputs),
+                bits, group_size, num_outputs,
+            )  # fmt: skip
+
+
+def float8_linear_calls() -> Iterator[Call]:
+    weight = round_to_float8(torch.randn(32, 48))
+    x = torch.randn(3, 48).bfloat16()
+    yield "float8_linear", (x, weight.values.view(torch.uint8), weight.scales, None)
 
 
 def projected(model: ModelShape, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,8 @@ import torch
 
 import cuda_ops
 from cuda_ops.dense import pack_weight, quantise_weight
+from cuda_ops.float8 import round_to_float8
+from cuda_ops.quantised import lay_out_codes
 from cuda_ops.registry import NAMESPACE
 from tests.support.op_checks import check_registration
 
@@ -29,7 +31,13 @@ def make_arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     float8 = [cache.to(torch.float8_e4m3fn) for cache in caches]
     decoding, out = query[:2], torch.empty_like(query)
     dense, int8 = pack_weight(torch.randn(35, size, dtype=dtype)), quantise_weight(torch.randn(35, size))
+    narrow = round_to_float8(torch.randn(35, size))
+    codes = torch.randint(0, 16, (35, size), dtype=torch.uint8)
+    coded = lay_out_codes(codes, torch.rand(1, 35), codes[:, :1].T, bits=4)
+    coded_parts, order = (coded.codes, coded.scales, coded.zeros), torch.randperm(size)
     return {
+        "quantised_linear": (rows, *coded_parts, order, bias.new_zeros(35), 4, 0, 35),
+        "float8_linear": (rows, narrow.values.view(torch.uint8), narrow.scales, bias.new_zeros(35)),
         "linear": (rows, dense.panels, None, None, bias.new_zeros(35), 35, True, False),
         "linear, int8": (rows, int8.panels, int8.scales, int8.sums, None, 35, False, True),
         "panel_rows": (dense.panels, None, torch.tensor([34, 0]), 35, size, dtype is torch.float32),

@@ -28,7 +28,7 @@ emulated_kernels.KERNEL_FOLDER = Path(sys.argv[1])
 def run(name, step):
     values = torch.arange(64.0)
     emulated_kernels.EmulatedLauncher().launch(
-        Variant.of(name, "broken"), LaunchShape((1, 1, 1), 64, 256), (values, c_int(step)))
+        Variant.of(name, "broken"), LaunchShape((1, 1, 1), 64, 16384), (values, c_int(step)))
     os.write(2, f"sum {values.sum().item()}".encode())
 
 ended = {}
@@ -50,6 +50,7 @@ print(json.dumps(ended))
 """
 KERNEL = """
 #include <ptx.cuh>
+#include <ptx_hopper.cuh>
 extern "C" __global__ void broken(float* values, int step) {{
   float* shared = reinterpret_cast<float*>(dynamic_shared());
   const int i = threadIdx.x;
@@ -62,6 +63,35 @@ COPY = (
     " {wait} values[i] = shared[1]; }}"
 )
 WRITE = "if (i == 0) values[step] = 1;"
+# Each thread's sums of a tile of ones by itself, the first run of each row having been copied.
+PRODUCT = """
+  unsigned char* tile = aligned_dynamic_shared();
+  values[i] = __uint_as_float(0x3f803f80u);
+  for (int k = i; k < 64 * 64; k += 64) reinterpret_cast<unsigned short*>(tile)[k] = 0x3f80;
+  __syncthreads();
+  cp_async_16(tile + i * 128, values, true);
+  cp_async_commit();
+  cp_async_wait<0>();
+  {fence}
+  __syncthreads();
+  float sums[8][4];
+  {begin}
+  wgmma_bf16(sums, tile_descriptor(tile), tile_descriptor(tile), true);
+  {meanwhile}
+  {finish}
+  values[i] = sums[0][0] + sums[7][3];
+"""
+
+
+def product(
+    fence: str = "fence_for_wgmma();",
+    begin: str = "wgmma_begin();",
+    meanwhile: str = "",
+    finish: str = "wgmma_finish(sums);",
+) -> str:
+    return PRODUCT.format(fence=fence, begin=begin, meanwhile=meanwhile, finish=finish)
+
+
 BODIES = {
     "right": EXCHANGE.format(barrier="__syncthreads();"),
     "no_barrier": EXCHANGE.format(barrier=""),
@@ -73,6 +103,11 @@ BODIES = {
     "odd_address": "cp_async_16(shared + 1, values, true);",
     "awaited_copy": COPY.format(wait="cp_async_wait<0>();"),
     "copy_not_awaited": COPY.format(wait=""),
+    "product": product(),
+    "product_not_fenced": product(fence=""),
+    "product_not_begun": product(begin=""),
+    "product_overwritten": product(meanwhile="__syncthreads(); tile[0] = 0;"),
+    "product_not_awaited": product(meanwhile="values[i] = sums[0][0];", finish="return;"),
     "write_past_the_tensor": WRITE,
     "write_before_the_tensor": WRITE,
 }
@@ -82,22 +117,24 @@ import sys
 import torch
 from cuda_ops.cuda.library import OPS
 from tests.support.emulated_kernels import EmulatedLauncher
-from tests.support.kernel_calls import (
-    ModelShape, attention_calls, float8_calls, quantised_calls, row_calls, sampling_calls,
-)
+from tests.support import kernel_calls as made
 torch.set_num_threads(1)
-model = ModelShape("odd", 100, 36, 6, 2, 80)
+model = made.ModelShape("odd", 100, 36, 6, 2, 80)
 for is_reversed in (False, True):
     launcher = EmulatedLauncher(is_reversed=is_reversed)
+    hopper = EmulatedLauncher(is_reversed=is_reversed, arch="sm_90a")
     calls = {
-        "rows": lambda: row_calls(model, 3, torch.bfloat16),
-        "float8": lambda: float8_calls(model, 3, torch.bfloat16),
-        "quantised": lambda: quantised_calls(model, 3, torch.bfloat16),
-        "attention": lambda: attention_calls(model, torch.bfloat16),
-        "sampling": sampling_calls,
+        "rows": lambda: made.row_calls(model, 3, torch.bfloat16),
+        "float8": lambda: made.float8_calls(model, 3, torch.bfloat16),
+        "quantised": lambda: made.quantised_calls(model, 3, torch.bfloat16),
+        "attention": lambda: made.attention_calls(model, torch.bfloat16),
+        "hopper": lambda: made.attention_calls(made.ModelShape("odd", 0, 0, 2, 1, 64), torch.bfloat16),
+        "sampling": made.sampling_calls,
+        "float8 products": made.float8_linear_calls,
+        "products of codes": lambda: made.coded_calls(torch.bfloat16),
     }
     for op, arguments in calls[sys.argv[1]]():
-        OPS[op](launcher, *arguments)
+        OPS[op](hopper if sys.argv[1] == "hopper" else launcher, *arguments)
 print("clean")
 """
 
@@ -154,6 +191,9 @@ def test_emulator_shows_a_missing_barrier_as_nan(ended: Callable[[str], Ended]) 
         ("lanes_that_ended", "not all its lanes come to"),
         ("half_a_mask", "the mask must be full"),
         ("odd_address", "not a multiple of 16"),
+        ("product_not_fenced", "without fence.proxy.async"),
+        ("product_not_begun", "without wgmma.fence"),
+        ("product_overwritten", "was written before it was waited for"),
     ],
 )
 def test_emulator_ends_at_a_barrier_that_diverges_and_at_what_hardware_refuses(
@@ -168,6 +208,12 @@ def test_emulator_copies_no_sooner_than_it_is_waited_for(ended: Callable[[str], 
     assert ended("copy_not_awaited") == Ended(0, "sum nan")
 
 
+def test_emulator_shows_a_product_no_sooner_than_it_is_waited_for(ended: Callable[[str], Ended]) -> None:
+    # Two sums of 16 products of ones in each of 64 threads.
+    assert ended("product") == Ended(0, f"sum {64.0 * 32}")
+    assert ended("product_not_awaited") == Ended(0, "sum nan")
+
+
 def test_emulator_faults_at_the_page_after_a_tensor_and_tells_of_writes_beside_it(
     ended: Callable[[str], Ended],
 ) -> None:
@@ -176,14 +222,19 @@ def test_emulator_faults_at_the_page_after_a_tensor_and_tells_of_writes_beside_i
 
 
 def test_sanitizer_tells_of_a_step_past_shared_memory(tmp_path: Path) -> None:
-    (tmp_path / "past.cu").write_text(KERNEL.format(body="shared[i + step] = 1;"))
+    (tmp_path / "past.cu").write_text(KERNEL.format(body="shared[4096 - 64 + i + step] = 1;"))
 
     done = run_script(SCRIPT, str(tmp_path), '{"past": 1}', sanitizes=True)
 
     assert "heap-buffer-overflow" in done.stdout
 
 
-@pytest.mark.parametrize("family", ["rows", "float8", "quantised", "attention", "sampling"])
+FAMILIES = (
+    "rows", "float8", "quantised", "attention", "hopper", "sampling", "float8 products", "products of codes",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_kernel_is_clean_under_address_and_undefined_behaviour_sanitizers(family: str) -> None:
     done = run_script(KERNELS_OF, family, sanitizes=True)
 
