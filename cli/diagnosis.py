@@ -171,16 +171,26 @@ def _model_folder(folder: Path) -> Finding:
     from engine.errors import ModelLoadError
     from engine.model_config import ConfigFields
     from engine.models.registry import find_family
+    from engine.quantisation import read_quantisation
     from engine.tokenizer import Tokenizer
 
     try:
-        architecture, family = find_family(ConfigFields.from_file(folder / "config.json"))
+        fields = ConfigFields.from_file(folder / "config.json")
+        architecture, family = find_family(fields)
+        quantisation = read_quantisation(fields)
         vocabulary = Tokenizer.from_folder(folder).vocab_size
         cpu = torch.device("cpu")
-        Checkpoint.open(folder, name_prefix=family.name_prefix, dtype=torch.float32, device=cpu)
+        Checkpoint.open(
+            folder,
+            name_prefix=family.name_prefix,
+            dtype=torch.float32,
+            device=cpu,
+            quantisation=quantisation,
+        )
     except ModelLoadError as error:
         return Finding("model", "missing", str(error))
-    return Finding("model", "ok", f"{folder}: {architecture}, {vocabulary} tokens in the vocabulary")
+    stored = f"; weights stored as {quantisation.fate}" if quantisation is not None else ""
+    return Finding("model", "ok", f"{folder}: {architecture}, {vocabulary} tokens in the vocabulary{stored}")
 
 
 def check_kernels(subject: Subject) -> list[Finding]:

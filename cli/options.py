@@ -214,7 +214,9 @@ def engine_options(command: Command) -> Command:
             "float32's, and is less accurate; slow on a CPU.  [default: auto, as the model computes]",
         ),
         click.option(
-            "--dtype", type=click.Choice(["float32", "bfloat16", "int8"]), help="Type of the weights."
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "int8", "fp8"]),
+            help="Type of the weights; fp8 is for GPUs of compute capability 8.9 and newer.",
         ),
     ):
         command = option(command)

@@ -25,13 +25,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cuda_ops.float8 import Float8Weight
 from cuda_ops.memory import LargePages
+from cuda_ops.quantised import QuantisedWeight
+from engine.coded_weight import CodedWeight, StoredCodes, stack
 from engine.errors import ModelLoadError
+from engine.float8_weight import Float8Part, StoredFloat8, stack_float8
 from engine.model_config import ConfigFields
+from engine.quantisation import Quantisation
 from engine.shard import WHOLE, Shard
 
-WeightLayout = Literal["dense", "packed", "int8"]
-"""Of dense layers: as in the file, in panels for the CPU's kernels, or that and rounded to int8."""
+WeightLayout = Literal["dense", "packed", "int8", "w8a16", "fp8"]
+"""Of dense layers: as in the file; in panels, or that and in int8, for the CPU; in codes or e4m3 for GPUs."""
 
 Region = tuple[slice, ...]
 """One slice for each axis."""
@@ -101,9 +106,48 @@ class TorchFile:
 
 
 @dataclass(frozen=True, slots=True)
+class CodedFile:
+    """Shows a weight that is stored as codes or in e4m3 as the plain tensor that it stands for."""
+
+    stored: StoredCodes | StoredFloat8
+
+    @property
+    def path(self) -> Path:
+        return self.stored.path
+
+    def names(self) -> tuple[str, ...]:
+        return ()
+
+    def read(self, name: str) -> Tensor:
+        return self.stored.read().values()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.stored.shape
+
+    def read_region(self, name: str, region: Region) -> Tensor:
+        return self.stored.read(*region).values()
+
+
+@dataclass(frozen=True, slots=True)
 class _Entry:
     file: TensorFile
     full_name: str
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    def shape(self) -> tuple[int, ...]:
+        return self.file.shape(self.full_name)
+
+    def read(self, region: Region) -> Tensor:
+        return self.file.read_region(self.full_name, region)
+
+    def stored_bytes(self, read: Tensor) -> int:
+        """Of the file's bytes, those that were read to make this."""
+        if isinstance(self.file, CodedFile):
+            return read.numel() * self.file.stored.quantisation.bits // 8
+        return read.nbytes
 
 
 class Checkpoint:
@@ -127,8 +171,12 @@ class Checkpoint:
         device: torch.device,
         layout: WeightLayout,
         shard: Shard = WHOLE,
+        quantisation: Quantisation | None = None,
+        keeps_codes: bool = False,
     ) -> None:
-        self._entries = dict(entries)
+        self._entries = dict(entries) if quantisation is None else _with_coded(entries, quantisation)
+        self._keeps_codes = keeps_codes
+        self._is_coded = quantisation is not None
         self._source = source
         self.dtype = dtype
         self.device = device
@@ -148,6 +196,8 @@ class Checkpoint:
         device: torch.device,
         layout: WeightLayout = "dense",
         shard: Shard = WHOLE,
+        quantisation: Quantisation | None = None,
+        keeps_codes: bool = False,
     ) -> Checkpoint:
         """Find the folder's tensors.
 
@@ -158,6 +208,8 @@ class Checkpoint:
             device: of every tensor taken.
             layout: of dense layers.
             shard: of split tensors.
+            quantisation: how weights of dense layers are stored, if not plainly.
+            keeps_codes: give those out as they are where a layer asks (`take_coded`); else only their values.
 
         Raises:
             ModelLoadError: no checkpoint, a part is missing, or a file is broken.
@@ -167,7 +219,16 @@ class Checkpoint:
             for file in _find_files(folder)
             for name in file.names()
         }
-        return cls(entries, str(folder), dtype=dtype, device=device, layout=layout, shard=shard)
+        return cls(
+            entries,
+            str(folder),
+            dtype=dtype,
+            device=device,
+            layout=layout,
+            shard=shard,
+            quantisation=quantisation,
+            keeps_codes=keeps_codes,
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -251,6 +312,30 @@ class Checkpoint:
         self._read_regions(name, (num_rows, size), [(target[: len(own)], region)])
         return target
 
+    def take_coded(
+        self, parts: Sequence[tuple[str, int]], num_inputs: int, *, split_axis: int | None = None
+    ) -> QuantisedWeight | Float8Weight | None:
+        """Stack weights that are stored as codes; None, and nothing taken, where their values are to be.
+
+        Args:
+            parts: name and number of outputs of each, as in the file.
+            num_inputs: of each, as in the file.
+            split_axis: Of which this rank takes its share, of each part.
+
+        Raises:
+            ModelLoadError: as `take`.
+        """
+        if not self._keeps_codes or not all(self._is_coded_weight(name) for name, _ in parts):
+            return None
+        coded = [self._read_coded(name, (rows, num_inputs), split_axis) for name, rows in parts]
+        weight = _stack(coded, self.device)
+        if weight is not None:
+            for name, rows in parts:
+                self._pop(name)
+                self.num_elements += rows * num_inputs
+            self.on_read(weight.nbytes)
+        return weight
+
     def finish(self, *, ignored_endings: tuple[str, ...]) -> None:
         """Check that nothing was left behind.
 
@@ -260,12 +345,35 @@ class Checkpoint:
         Raises:
             ModelLoadError: a tensor that the model has no place for.
         """
-        extra = sorted(name for name in self._entries if not name.endswith(ignored_endings))
+        extra = sorted(
+            name
+            for name, entry in self._entries.items()
+            if not name.endswith(ignored_endings) and not self._is_empty_bias(name, entry)
+        )
         if extra:
             raise ModelLoadError(
                 str(self._entries[extra[0]].file.path),
                 f"holds {len(extra)} tensor(s) that the model has no place for, the first is {extra[0]}",
             )
+
+    def _is_empty_bias(self, name: str, entry: _Entry) -> bool:
+        """AutoGPTQ gives each of its layers a bias, zeros where the model has none."""
+        return self._is_coded and name.endswith(".bias") and not entry.file.read(entry.full_name).any()
+
+    def _is_coded_weight(self, name: str) -> bool:
+        entry = self._entries.get(name)
+        return entry is not None and isinstance(entry.file, CodedFile)
+
+    def _read_coded(
+        self, name: str, shape: tuple[int, int], split_axis: int | None
+    ) -> CodedWeight | Float8Part:
+        entry = self._entries[name]
+        assert isinstance(entry.file, CodedFile)
+        _check(entry, name, entry.file.stored.shape, shape, self.dtype)
+        if split_axis is None:
+            return entry.file.stored.read()
+        (own,) = self.shard.slices(shape[split_axis])
+        return entry.file.stored.read(*_region(shape, split_axis, own))
 
     def _read_into(self, target: Tensor, name: str) -> None:
         entry = self._pop(name)
@@ -273,7 +381,7 @@ class Checkpoint:
         _check(entry, name, tuple(source.shape), tuple(target.shape), source.dtype)
         target.copy_(source)
         self.num_elements += source.numel()
-        self.on_read(source.nbytes)
+        self.on_read(entry.stored_bytes(source))
 
     def _read_regions(
         self, name: str, shape: tuple[int, ...], wanted: Sequence[tuple[Tensor, Region]]
@@ -284,7 +392,7 @@ class Checkpoint:
             source = entry.file.read_region(entry.full_name, region)
             _check(entry, name, found, shape, source.dtype)
             target.copy_(source)
-            self.on_read(source.nbytes)
+            self.on_read(entry.stored_bytes(source))
         self.num_elements += math.prod(shape)
 
     def _pop(self, name: str) -> _Entry:
@@ -308,6 +416,35 @@ def _check(
 
 def _region(shape: tuple[int, ...], axis: int, own: slice) -> Region:
     return tuple(own if index == axis else slice(0, length) for index, length in enumerate(shape))
+
+
+def _stack(
+    parts: Sequence[CodedWeight | Float8Part], device: torch.device
+) -> QuantisedWeight | Float8Weight | None:
+    coded = [part for part in parts if isinstance(part, CodedWeight)]
+    if not coded:
+        return stack_float8([part for part in parts if isinstance(part, Float8Part)], device)
+    stacked = stack(coded)
+    return None if stacked is None else stacked.lay_out(device)
+
+
+def _with_coded(entries: Mapping[str, _Entry], quantisation: Quantisation) -> dict[str, _Entry]:
+    """Put what belongs to each layer's weight together under its name."""
+    make: type[StoredCodes | StoredFloat8]
+    parts: tuple[str, ...]
+    if quantisation.method == "fp8":
+        mark, parts, make = "weight_scale", ("weight", "weight_scale", "input_scale"), StoredFloat8
+    else:
+        mark, parts, make = "qweight", ("qweight", "qzeros", "scales", "g_idx"), StoredCodes
+    layers = [name.removesuffix(f".{mark}") for name in entries if name.endswith(f".{mark}")]
+    if not layers:
+        folder = next(iter(entries.values())).path.parent
+        raise ModelLoadError(str(folder), f"holds no {mark}, the config says {quantisation}")
+    shown = dict(entries)
+    for layer in layers:
+        tensors = {part: shown.pop(f"{layer}.{part}") for part in parts if f"{layer}.{part}" in entries}
+        shown[f"{layer}.weight"] = _Entry(CodedFile(make(layer, tensors, quantisation)), layer)
+    return shown
 
 
 def _find_files(folder: Path) -> list[TensorFile]:

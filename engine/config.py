@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from engine.errors import ConfigError
 
-Dtype = Literal["float32", "bfloat16", "int8"]
+Dtype = Literal["float32", "bfloat16", "int8", "fp8"]
 ActivationDtype = Literal["float32", "bfloat16"]
 KVCacheDtype = Literal["auto", "fp8"]
 """vLLM's words; `auto` is the dtype of activations."""
@@ -26,8 +26,10 @@ class EngineConfig:
     Attributes:
         model: A folder in Hugging Face layout, or a hub name.
         dtype: Of weights, activations and, unless `kv_cache_dtype` says otherwise, cache. `int8` rounds the
-            weights of dense layers, each output on a scale of its own, and embeddings that are the head's,
-            and keeps the rest in bfloat16; on the CPU only.
+            weights of dense layers, each output on a scale of its own, and keeps the rest in bfloat16; on the
+            CPU it rounds embeddings that are the head's too, and each row that a layer reads. `fp8` rounds
+            weights and rows to e4m3, but for the head, and keeps the rest in bfloat16; slow on the CPU.
+            Layers stored as codes keep those on a GPU.
         device: `cpu`, `cuda` for the first GPU, `cuda:N`, or `auto`: the first GPU if there is one.
         block_size: Tokens per block of the KV cache.
         num_blocks: Blocks in the KV cache; `None` derives it from `kv_cache_bytes`.
@@ -83,8 +85,6 @@ class EngineConfig:
         _check_choice("dtype", self.dtype, get_args(Dtype))
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
             raise ConfigError("device", self.device, "must be auto, cpu, cuda or cuda:N")
-        if self.dtype == "int8" and self.is_on_gpu:
-            raise ConfigError("dtype", self.dtype, f"needs the device cpu, not {self.device}")
         _check_choice("kernels", self.kernels, get_args(Kernels))
         _check_choice("kv_cache_dtype", self.kv_cache_dtype, get_args(KVCacheDtype))
         if self.kv_cache_dtype == "fp8" and self.is_batch_invariant and self.device == "cpu":
@@ -122,7 +122,7 @@ class EngineConfig:
     @property
     def activation_dtype(self) -> ActivationDtype:
         """Of all that is not the weight of a dense layer."""
-        return "bfloat16" if self.dtype == "int8" else self.dtype
+        return "float32" if self.dtype == "float32" else "bfloat16"
 
 
 def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:

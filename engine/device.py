@@ -85,3 +85,8 @@ def memory_for(stage: MemoryStage, device: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(device, stage, _REMEDIES[stage]) from error
+
+
+def knows_float8(device: str) -> bool:
+    """Whether a GPU's tensor cores multiply e4m3."""
+    return torch.cuda.get_device_capability(device) >= (8, 9)

@@ -8,8 +8,9 @@ from cuda_ops.errors import KernelsUnavailableError
 from cuda_ops.native import KernelsInUse, use_cuda_kernels, use_kernels
 from engine.checkpoint import WeightLayout
 from engine.config import EngineConfig
-from engine.device import memory_for
+from engine.device import knows_float8, memory_for
 from engine.errors import ConfigError
+from engine.quantisation import Method
 from engine.shard import WHOLE, Shard
 from engine.weights import LoadedModel, LoadObserver, load_model
 
@@ -24,15 +25,17 @@ def load_for(config: EngineConfig, loading: LoadObserver | None = None, shard: S
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    _check_float8(config)
     in_use = _choose_kernels(config, loading)
     with memory_for("load", config.device):
         return load_model(
             config.model,
             dtype=getattr(torch, config.activation_dtype),
             device=torch.device(config.device),
-            layout=_choose_layout(config, in_use),
+            layout=choose_layout(config, in_use),
             observer=loading,
             shard=shard,
+            keeps=_kept_methods(config),
         )
 
 
@@ -51,7 +54,28 @@ def _choose_kernels(config: EngineConfig, loading: LoadObserver | None) -> Kerne
     return in_use
 
 
-def _choose_layout(config: EngineConfig, in_use: KernelsInUse) -> WeightLayout:
+def _kept_methods(config: EngineConfig) -> tuple[Method, ...]:
+    """By which weights may be stored and are multiplied so."""
+    kept: list[Method] = ["fp8"] if config.dtype == "fp8" else []
+    # In float32 there is no kernel for codes, and on the CPU panels of 16 bits are faster than they.
+    if config.is_on_gpu and config.activation_dtype != "float32":
+        kept += ["awq", "gptq"]
+        if config.dtype == "bfloat16" and knows_float8(config.device):
+            kept.append("fp8")
+    return tuple(kept)
+
+
+def _check_float8(config: EngineConfig) -> None:
+    if config.dtype == "fp8" and config.is_on_gpu and not knows_float8(config.device):
+        major, minor = torch.cuda.get_device_capability(config.device)
+        rule = f"needs a GPU of compute capability 8.9 or newer, {config.device} has {major}.{minor}"
+        raise ConfigError("dtype", "fp8", rule)
+
+
+def choose_layout(config: EngineConfig, in_use: KernelsInUse) -> WeightLayout:
+    """What layers make of the plain weights they load."""
     if config.dtype == "int8":
-        return "int8"
+        return "w8a16" if config.is_on_gpu else "int8"
+    if config.dtype == "fp8":
+        return "fp8"
     return "packed" if config.device == "cpu" and in_use.has_fast_linear else "dense"

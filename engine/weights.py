@@ -6,9 +6,10 @@ name or path ─▶ folder ─▶ config.json ─▶ family ─▶ tensors ─�
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 
@@ -18,8 +19,11 @@ from engine.memory import freed_memory_goes_back
 from engine.model_config import ConfigFields, ModelConfig
 from engine.models import CausalLM
 from engine.models.registry import find_family
+from engine.quantisation import FIELD, Method, read_quantisation
 from engine.shard import WHOLE, Shard
 from engine.tokenizer import Tokenizer
+
+_KEPT: Final = {True: "kept so", False: "widened"}
 
 
 class LoadObserver(Protocol):
@@ -82,6 +86,7 @@ def load_model(
     layout: WeightLayout = "dense",
     observer: LoadObserver | None = None,
     shard: Shard = WHOLE,
+    keeps: Container[Method] = (),
 ) -> LoadedModel:
     """Load a model in Hugging Face layout.
 
@@ -94,6 +99,8 @@ def load_model(
         layout: of the dense layers.
         observer: of the loading.
         shard: which share of the weights is read.
+        keeps: methods by which weights may be stored and stay so; others become what they stand for, in
+            `dtype` and `layout`.
 
     Raises:
         ModelLoadError: one line that names the file and what is wrong with it.
@@ -103,11 +110,23 @@ def load_model(
     folder = find_folder(name_or_path)
     fields = ConfigFields.from_file(folder / "config.json")
     architecture, family = find_family(fields)
+    quantisation = read_quantisation(fields)
+    if quantisation is not None and not family.takes_codes:
+        raise fields.invalid(FIELD, f"{architecture} is served with plain weights only")
     tokenizer = Tokenizer.from_folder(folder)
     _check_vocabulary(fields, tokenizer)
-    observer.on_stage(f"loading the weights of {architecture}")
+    keeps_codes = quantisation is not None and quantisation.method in keeps
+    stored = "" if quantisation is None else f" ({quantisation}, {_KEPT[keeps_codes]})"
+    observer.on_stage(f"loading the weights of {architecture}{stored}")
     checkpoint = Checkpoint.open(
-        folder, name_prefix=family.name_prefix, dtype=dtype, device=device, layout=layout, shard=shard
+        folder,
+        name_prefix=family.name_prefix,
+        dtype=dtype,
+        device=device,
+        layout=layout,
+        shard=shard,
+        quantisation=quantisation,
+        keeps_codes=keeps_codes,
     )
     count = _WeightCount(observer, checkpoint.num_bytes)
     checkpoint.on_read = count

@@ -25,7 +25,7 @@ class WorkerSettings(BaseSettings):
     """Folder or hub name; empty is the built-in model."""
     served_model_names: Annotated[tuple[str, ...], NoDecode] = ()
     """The first is canonical, the others are aliases. Empty takes the model's own name."""
-    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    dtype: Literal["float32", "bfloat16", "int8", "fp8"] = "float32"
     device: str = Field(default="cpu", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """`cuda` is the first GPU, `cuda:1` the second; `auto` takes the first if there is one."""
     tensor_parallel_size: int = Field(default=1, ge=1, le=64)

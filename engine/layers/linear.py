@@ -16,7 +16,9 @@ from torch import Tensor
 
 import cuda_ops
 from cuda_ops.dense import PackedWeight, pack_weight, quantise_weight
+from cuda_ops.float8 import Float8Weight, round_to_float8
 from cuda_ops.memory import LargePages
+from cuda_ops.quantised import QuantisedWeight, quantise_to_int8
 from engine.checkpoint import Checkpoint, WeightLayout
 from engine.shard import Shard
 
@@ -26,20 +28,29 @@ class Linear:
     """`x @ weight.T + bias`.
 
     Attributes:
-        weight: `[num_outputs, num_inputs]`; opaque where oneDNN has laid it out.
+        weight: `[num_outputs, num_inputs]`; opaque where oneDNN has laid it out, codes or e4m3.
         bias: `[num_outputs]`, or None.
         sums_over: The ranks whose products are parts of a sum; None where each has outputs of its own.
     """
 
-    weight: Tensor | PackedWeight
+    weight: Tensor | PackedWeight | QuantisedWeight | Float8Weight
     bias: Tensor | None = None
     sums_over: Shard | None = None
 
     @classmethod
     def lay_out(
-        cls, weight: Tensor, bias: Tensor | None, layout: WeightLayout, pages: LargePages | None = None
+        cls,
+        weight: Tensor | QuantisedWeight | Float8Weight,
+        bias: Tensor | None,
+        layout: WeightLayout,
+        pages: LargePages | None = None,
     ) -> Linear:
-        """Make a layer of a dense weight, which need not be contiguous; panels are in `pages`."""
+        """Make a layer of a dense weight, which need not be contiguous; panels are in `pages`.
+
+        Codes stay codes, whatever the layout, and so does e4m3.
+        """
+        if isinstance(weight, QuantisedWeight | Float8Weight):
+            return cls(weight, bias)
         match layout:
             case "dense":
                 reorder = torch.ops.mkldnn._reorder_linear_weight
@@ -48,22 +59,37 @@ class Linear:
                 return cls(pack_weight(weight, pages), bias)
             case "int8":
                 return cls(quantise_weight(weight, pages), bias)
+            case "w8a16":
+                return cls(quantise_to_int8(weight), bias)
+            case "fp8":
+                return cls(round_to_float8(weight), bias)
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, name: str, num_outputs: int, num_inputs: int, *, has_bias: bool
+        cls,
+        checkpoint: Checkpoint,
+        name: str,
+        num_outputs: int,
+        num_inputs: int,
+        *,
+        has_bias: bool,
+        layout: WeightLayout | None = None,
     ) -> Linear:
-        """A layer that every rank has whole."""
-        weight = checkpoint.take(f"{name}.weight", num_outputs, num_inputs)
+        """A layer that every rank has whole; `layout` is another than the checkpoint's."""
+        weight = checkpoint.take_coded([(f"{name}.weight", num_outputs)], num_inputs) or checkpoint.take(
+            f"{name}.weight", num_outputs, num_inputs
+        )
         bias = checkpoint.take(f"{name}.bias", num_outputs) if has_bias else None
-        return cls.lay_out(weight, bias, checkpoint.layout, checkpoint.pages)
+        return cls.lay_out(weight, bias, layout or checkpoint.layout, checkpoint.pages)
 
     @classmethod
     def load_summed(
         cls, checkpoint: Checkpoint, name: str, num_outputs: int, num_inputs: int, *, has_bias: bool
     ) -> Linear:
         """A layer that is split by its inputs, those being another layer's outputs."""
-        weight = checkpoint.take_split(f"{name}.weight", num_outputs, num_inputs, axis=1)
+        weight = checkpoint.take_coded(
+            [(f"{name}.weight", num_outputs)], num_inputs, split_axis=1
+        ) or checkpoint.take_split(f"{name}.weight", num_outputs, num_inputs, axis=1)
         bias = checkpoint.take(f"{name}.bias", num_outputs) if has_bias else None
         return cls.lay_out(weight, bias, checkpoint.layout, checkpoint.pages).summed_over(checkpoint.shard)
 
@@ -85,7 +111,8 @@ class Linear:
             has_bias: every part has one, or none.
         """
         take = checkpoint.take_rows if checkpoint.shard.is_whole else checkpoint.take_split_rows
-        weight = take([(f"{name}.weight", rows) for name, rows in parts], num_inputs)
+        weights = [(f"{name}.weight", rows) for name, rows in parts]
+        weight = checkpoint.take_coded(weights, num_inputs, split_axis=0) or take(weights, num_inputs)
         bias = take([(f"{name}.bias", rows) for name, rows in parts]) if has_bias else None
         return cls.lay_out(weight, bias, checkpoint.layout, checkpoint.pages)
 
@@ -109,7 +136,11 @@ class Linear:
         if isinstance(self.weight, PackedWeight):
             return cuda_ops.linear(x, self.weight, self.bias, has_relu=has_relu, gives_float32=gives_float32)
         product: Tensor
-        if self.weight.is_mkldnn:
+        if isinstance(self.weight, QuantisedWeight):
+            product = cuda_ops.quantised_linear(x, self.weight, self.bias)
+        elif isinstance(self.weight, Float8Weight):
+            product = cuda_ops.float8_linear(x, self.weight, self.bias)
+        elif self.weight.is_mkldnn:
             product = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         else:
             product = F.linear(x, self.weight, self.bias)

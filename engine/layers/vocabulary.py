@@ -10,7 +10,7 @@ from torch import Tensor
 
 import cuda_ops
 from cuda_ops.dense import PackedWeight
-from engine.checkpoint import Checkpoint
+from engine.checkpoint import Checkpoint, WeightLayout
 from engine.layers.linear import Linear
 from engine.shard import WHOLE, Shard
 
@@ -36,10 +36,12 @@ class Vocabulary:
             return SplitVocabulary.load_split(checkpoint, name, vocab_size, size, is_tied=is_tied)
         embeddings = checkpoint.take(name, vocab_size, size)
         if not is_tied:
-            head = Linear.load(checkpoint, "lm_head", vocab_size, size, has_bias=False)
+            layout = _head_layout(checkpoint, is_tied=False)
+            head = Linear.load(checkpoint, "lm_head", vocab_size, size, has_bias=False, layout=layout)
             return cls(embeddings, head, checkpoint.dtype)
-        head = Linear.lay_out(embeddings, None, checkpoint.layout, checkpoint.pages)
-        return cls(head.weight if checkpoint.layout != "dense" else embeddings, head, checkpoint.dtype)
+        layout = _head_layout(checkpoint, is_tied=True)
+        head = Linear.lay_out(embeddings, None, layout, checkpoint.pages)
+        return cls(_rows(head, embeddings), head, checkpoint.dtype)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Map `[num_tokens]` to `[num_tokens, size]`."""
@@ -70,9 +72,9 @@ class SplitVocabulary(Vocabulary):
     ) -> SplitVocabulary:
         embeddings = checkpoint.take_vocabulary(name, vocab_size, size)
         head = embeddings if is_tied else checkpoint.take_vocabulary("lm_head.weight", vocab_size, size)
-        laid_out = Linear.lay_out(head, None, checkpoint.layout, checkpoint.pages)
-        is_shared = is_tied and checkpoint.layout != "dense"
-        rows = laid_out.weight if is_shared else embeddings
+        layout = _head_layout(checkpoint, is_tied=is_tied)
+        laid_out = Linear.lay_out(head, None, layout, checkpoint.pages)
+        rows = _rows(laid_out, embeddings) if is_tied else embeddings
         return cls(rows, laid_out, checkpoint.dtype, checkpoint.shard, vocab_size)
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -85,3 +87,16 @@ class SplitVocabulary(Vocabulary):
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.shard.gather_columns(Vocabulary.logits(self, hidden))[:, : self.vocab_size]
+
+
+def _head_layout(checkpoint: Checkpoint, *, is_tied: bool) -> WeightLayout:
+    """Codes have no rows to look up, so embeddings that are the head's weight stay plain.
+
+    In e4m3 every head does: its few bits are felt most where they decide the token.
+    """
+    stays_plain = checkpoint.layout == "fp8" or (is_tied and checkpoint.layout == "w8a16")
+    return "dense" if stays_plain else checkpoint.layout
+
+
+def _rows(head: Linear, embeddings: Tensor) -> Tensor | PackedWeight:
+    return head.weight if isinstance(head.weight, PackedWeight) else embeddings

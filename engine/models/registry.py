@@ -19,10 +19,12 @@ class Family:
     Attributes:
         load: builds the model from its config and tensors; the second argument is the architecture.
         name_prefix: of tensor names in checkpoints, where it is not left out.
+        takes_codes: weights may be stored as codes; not those that stand `[inputs, outputs]`.
     """
 
     load: Callable[[ConfigFields, str, Checkpoint], CausalLM]
     name_prefix: str
+    takes_codes: bool = True
 
 
 _OPT: Final = Family(opt.OPT.load, "model.")
@@ -30,7 +32,7 @@ _LLAMA: Final = Family(llama.Llama.load, "model.")
 
 FAMILIES: Final[Mapping[str, Family]] = {
     "OPTForCausalLM": _OPT,
-    "GPT2LMHeadModel": Family(gpt2.GPT2.load, "transformer."),
+    "GPT2LMHeadModel": Family(gpt2.GPT2.load, "transformer.", takes_codes=False),
     "Gemma3ForCausalLM": Family(gemma3.Gemma3.load, "model."),
     **dict.fromkeys(llama.ARCHITECTURES, _LLAMA),
 }

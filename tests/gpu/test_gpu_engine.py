@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.coded_folders import CodedFormat, write_coded_folder
 from tests.support.model_folders import make_model_folder
 from tests.unit.engine.engine_factory import GREEDY, generate, make_engine, random_prompt
 
@@ -62,6 +63,24 @@ def test_gpu_engine_gives_the_greedy_tokens_of_the_cpu(folder: Path) -> None:
 
     on_cpu = generate(make_engine(folder), greedy)
     assert [on_gpu.tokens(id) for id in greedy] == [on_cpu.tokens(id) for id in greedy]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "fp8"])
+def test_gpu_engine_gives_the_same_tokens_with_graphs_over_weights_of_few_bits(
+    dtype: str, folder: Path, tmp_path: Path
+) -> None:
+    if dtype == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this device does not know e4m3")
+    if dtype == "bfloat16":
+        wide = make_model_folder(
+            "qwen3", tmp_path / "wide", head_dim=64, hidden_size=64, intermediate_size=128
+        )
+        folder, _ = write_coded_folder(wide, CodedFormat("awq"), tmp_path)
+    plain = generate(make_engine(folder, dtype=dtype, **PLAIN), REQUESTS)
+
+    fast = generate(make_engine(folder, dtype=dtype, device="cuda"), REQUESTS)
+
+    assert [fast.tokens(id) for id in REQUESTS] == [plain.tokens(id) for id in REQUESTS]
 
 
 def test_gpu_cache_is_sized_by_the_share_of_the_memory(folder: Path) -> None:

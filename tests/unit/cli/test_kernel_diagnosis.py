@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from cli.diagnosis import Finding, Subject, check_kernels
+from cli.diagnosis import Finding, Subject, check_kernels, check_model
 from cuda_ops import native
 from cuda_ops.native import use_kernels
+from tests.support.coded_folders import CodedFormat, write_coded_folder
 from tests.support.kernels import built_levels
+from tests.support.model_folders import make_model_folder
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +43,21 @@ def test_doctor_notes_that_the_reference_runs_when_nothing_was_built(
 def test_doctor_names_a_choice_that_does_not_exist() -> None:
     assert finding("fast").state == "missing"
     assert "THROUGHLINE_KERNELS='fast' must be one of auto, native, reference" in finding("fast").detail
+
+
+def test_doctor_says_what_becomes_of_stored_codes_and_refuses_those_that_are_not_served(
+    tmp_path: Path,
+) -> None:
+    plain = make_model_folder(
+        "llama", tmp_path / "plain", hidden_size=64, num_attention_heads=4, intermediate_size=64
+    )
+    coded, _ = write_coded_folder(plain, CodedFormat("awq"), tmp_path)
+    (found,) = check_model(Subject({}, model=str(coded)))
+    config = (coded / "config.json").read_text()
+    (coded / "config.json").write_text(config.replace('"gemm"', '"gemv"'))
+    (refused,) = check_model(Subject({}, model=str(coded)))
+
+    assert found.state == "ok"
+    assert "awq, 4 bits, groups of 32: on a GPU they stay so with --dtype bfloat16, int8" in found.detail
+    assert refused.state == "missing"
+    assert "version='gemv': must be gemm" in refused.detail

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from cuda_ops.memory import LargePages
+from cuda_ops.native import KernelsInUse
 from engine.attention import AttentionMetadata
-from engine.config import EngineConfig
+from engine.config import Dtype, EngineConfig
 from engine.core import Engine
 from engine.device import MemoryUse, choose_device
-from engine.errors import ConfigError, DeviceMemoryError, StepError
+from engine.errors import ConfigError, DeviceMemoryError, ModelLoadError, StepError
 from engine.kv_cache import KVCacheShape
 from engine.largest_step import run_largest_step
+from engine.loading import choose_layout, load_for
 from engine.models import CausalLM
 from engine.models.opt import OPT
 from engine.weights import load_model
@@ -39,10 +41,35 @@ def test_device_that_is_not_there_is_refused_before_anything_is_loaded(device: s
         Engine.from_config(EngineConfig(model="/no/such/folder", device=device))
 
 
-def test_device_of_int8_may_be_left_to_the_machine_but_be_no_gpu() -> None:
-    assert not EngineConfig(model="folder", dtype="int8", device="auto").is_on_gpu
-    with pytest.raises(ConfigError, match="needs the device cpu"):
-        EngineConfig(model="folder", dtype="int8", device="cuda:1")
+def test_layout_follows_from_the_dtype_and_the_device() -> None:
+    wanted: list[tuple[Dtype, str, str]] = [
+        ("int8", "cpu", "int8"),
+        ("int8", "cuda:1", "w8a16"),
+        ("fp8", "cpu", "fp8"),
+        ("fp8", "cuda:1", "fp8"),
+        ("bfloat16", "cpu", "packed"),
+        ("bfloat16", "cuda:1", "dense"),
+    ]
+    for dtype, device, layout in wanted:
+        config = EngineConfig(model="folder", dtype=dtype, device=device)
+
+        assert choose_layout(config, KernelsInUse("some level")) == layout
+        assert config.activation_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(("capability", "is_refused"), [((8, 0), True), ((8, 9), False), ((9, 0), False)])
+def test_fp8_is_refused_by_name_on_a_gpu_that_does_not_know_it(
+    capability: tuple[int, int], is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    config = EngineConfig(model="/no/such/folder", dtype="fp8", device="cuda:1")
+
+    # Where it is not refused the next thing that is amiss is told: there is no GPU, or no folder.
+    with pytest.raises((ConfigError, ModelLoadError)) as caught:
+        load_for(config)
+
+    refusal = "dtype='fp8': needs a GPU of compute capability 8.9 or newer, cuda:1 has 8.0"
+    assert (refusal in str(caught.value)) == is_refused
 
 
 def test_device_stays_as_it_is_when_it_is_named() -> None:

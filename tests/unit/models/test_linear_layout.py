@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from cuda_ops.dense import PackedWeight
+from cuda_ops.quantised import QuantisedWeight
 from engine.checkpoint import WeightLayout
 from engine.layers.linear import Linear
 
@@ -53,3 +54,13 @@ def test_int8_layer_holds_a_byte_an_element() -> None:
 
     assert isinstance(weight, PackedWeight)
     assert weight.panels.nbytes == 64 * 32
+
+
+def test_w8a16_layer_holds_a_byte_an_element_and_gives_what_the_layer_asks_for() -> None:
+    layer = Linear.lay_out(torch.randn(64, 128), torch.randn(64), "w8a16")
+    x = torch.randn(3, 128).bfloat16()
+
+    assert isinstance(layer.weight, QuantisedWeight)
+    assert layer.weight.nbytes == 64 * 128 + 4 * 64
+    assert torch.equal(layer(x, has_relu=True), layer(x).relu())
+    assert layer(x, gives_float32=True).dtype is torch.float32
