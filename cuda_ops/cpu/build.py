@@ -37,6 +37,7 @@ SOURCES: Final = (
     "checks.h",
     "level.cpp",
     "library.cpp",
+    "recording.cpp",
 )
 TORCH_TARGET: Final = "0x020b000000000000"
 """2.11, the oldest torch that has all we call."""
@@ -128,12 +129,11 @@ def build(toolchain: Toolchain, folder: Path = FOLDER) -> Path:
 def _compile_commands(
     toolchain: Toolchain, folder: Path, scratch: Path
 ) -> tuple[list[list[str | Path]], list[Path]]:
+    include = str(toolchain.torch / "include")
+    with_torch = ["-O2", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", include]
     units: dict[str, list[str | Path]] = {
-        "library": [
-            "-O2", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", toolchain.torch / "include",
-            folder / "library.cpp",
-        ]
-    }  # fmt: skip
+        name: [*with_torch, folder / f"{name}.cpp"] for name in ("library", "recording")
+    }
     for level, flags in _LEVELS.get(platform.machine(), _ANY_MACHINE).items():
         units[level] = [*_LEVEL, *flags, f"-DTHROUGHLINE_LEVEL={level}", folder / "level.cpp"]
     objects = [scratch / f"{unit}.o" for unit in units]
