@@ -235,4 +235,5 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _storage_of(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """What tensors that share memory have in common; one in oneDNN's own layout shares none."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)

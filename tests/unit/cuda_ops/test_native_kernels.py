@@ -17,7 +17,12 @@ from tests.support.dense_oracle import PagedCase, attend_densely, attention_tole
 from tests.support.kernels import NATIVE_LEVELS, taken_kernels
 
 # What there are kernels of on GPUs alone.
-ON_GPUS = {"sample_tokens", *(name for name in cuda_ops.__all__ if name.endswith("norm_quantised"))}
+ON_GPUS = {
+    "sample_tokens",
+    "float8_linear",
+    "quantised_linear",
+    *(name for name in cuda_ops.__all__ if name.endswith("norm_quantised")),
+}
 OPS = sorted(set(cuda_ops.__all__) - ON_GPUS)
 
 

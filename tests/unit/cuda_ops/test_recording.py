@@ -136,3 +136,10 @@ def test_slot_or_row_that_is_not_there_is_told_at_replay_and_nothing_is_written(
 
 def test_native_kernels_are_told_from_the_reference(kernels: str) -> None:
     assert has_native_kernels() == (kernels != REFERENCE)
+
+
+def test_recording_repeats_a_product_whose_weight_is_in_onednns_own_layout() -> None:
+    x = torch.randn(5, 64)
+    weight = torch.ops.mkldnn._reorder_linear_weight(torch.randn(48, 64))
+
+    check_replays(lambda: (torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""),), [x])
